@@ -8,7 +8,7 @@ call), ``R`` ranks. A name carries its letters as a suffix: ``x_TD`` is ``[T, D]
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,17 @@ from torch import Tensor, nn
 
 class UserError(ValueError):
     """Something the user can mend: one clear sentence that says what to do. Commands print it and exit with 2."""
+
+
+class NonFiniteError(UserError):
+    """A router's logits hold NaN or infinity. ``layer`` is the layer it happened in."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(
+            "The router's logits hold NaN or infinity: the weights or the input are not finite (a learning rate that "
+            "is too high is the usual cause)."
+        )
+        self.layer = layer
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Call:
         step: optimizer steps so far, a 0-d int64 tensor.
         router: what turns tokens into logits.
         experts: the layer's routed experts.
-        training: True where statistics may be taken and losses apply.
+        training: the layer is in training mode; evaluation routes every token by itself.
     """
 
     x_TD: Float[Tensor, "T D"]
@@ -49,7 +60,7 @@ class Call:
             return torch.full((), self.x_TD.shape[0], dtype=torch.int64, device=self.x_TD.device)
         return self.mask_T.sum()
 
-    def mean(self, value_T: Float[Tensor, "T *rest"]) -> Float[Tensor, "*rest"]:
+    def mean(self, value_T: Float[Tensor, " T *rest"]) -> Float[Tensor, "*rest"]:
         """The mean over the real tokens; 0 where there are none."""
         if self.mask_T is not None:
             value_T = value_T.masked_fill(~self.mask_T.view(-1, *[1] * (value_T.dim() - 1)), 0)
@@ -118,4 +129,21 @@ class Selector(Protocol):
 
     def __call__(self, call: Call, scores: Scores) -> Routing:
         """Choose the rows."""
+        ...
+
+    def weigh(self, call: Call, scores: Scores, token_N: Tensor, expert_N: Tensor) -> Tensor:
+        """The combine weights of rows chosen by anyone, read from the live gate."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A part that learns from what a window of micro-batches saw."""
+
+    def statistics(self, call: Call, scores: Scores, routing: Routing) -> dict[str, Tensor]:
+        """Tensors that may be added over micro-batches and ranks."""
+        ...
+
+    def update(self, statistics: dict[str, Tensor]) -> None:
+        """Move the state, once per optimizer step, by the window's sums over all micro-batches and ranks."""
         ...

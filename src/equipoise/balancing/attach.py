@@ -1,0 +1,158 @@
+"""Tie a model's balancers to its optimizers: counts are committed once per step, losses follow the loop's scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.optim import Optimizer
+
+from equipoise.balancing.balanced import balanced_layers
+from equipoise.contracts import UserError
+
+Scale = Tensor | float
+
+
+def attach(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], group: dist.ProcessGroup | None = None
+) -> Handle:
+    """Commit what the model's MoE layers count whenever the optimizers have stepped.
+
+    A window of statistics lives as long as the gradients it was counted with: it is committed when every optimizer has
+    stepped, and discarded when a step is skipped (infinite gradients under a GradScaler, fused or not) or gradients are
+    zeroed through the optimizer without a step.
+
+    Args:
+        model: holds at least one MoE layer; DDP and compiled wrappers are fine.
+        optimizer: one, several, or an empty sequence where ``handle.step()`` is called by hand.
+        group: the data-parallel ranks whose counts belong to one step; None is the default group.
+    Fails: UserError for a model without MoE layers, or one that is attached already.
+    """
+    return Handle(model, (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer), group)
+
+
+class Handle:
+    """What ``attach`` returns.
+
+    Attributes:
+        loss_scale: the factor the loop applies to its loss, where no ``follow`` sees it (pipeline stages); else None.
+        layers: the model's MoE layers by name.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: tuple[Optimizer, ...], group: dist.ProcessGroup | None):
+        self.layers: dict[str, Any] = balanced_layers(model)
+        if not self.layers:
+            raise UserError("The model has no MoE layer, so there is nothing to attach.")
+        if any(layer.window.handle is not None for layer in self.layers.values()):
+            raise UserError("The model is attached already; call .remove() of its handle first.")
+        self.group = group
+        self.world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        self.loss_scale: Scale | None = None
+        self._followed: tuple[Scale, str] | None = None
+        self._optimizers, self._stepped = optimizers, set[int]()
+        self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        for optimizer in optimizers:
+            self._watch_zero_grad(optimizer)
+        for layer in self.layers.values():
+            layer.window.handle = self
+
+    @torch.compiler.disable
+    def follow(self, loss: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the loss unchanged; its backward tells the balancing losses by what factor the loop scaled it.
+
+        Args:
+            loss: 0-d; the micro-batch's training loss before accumulation, GradScaler or token sums scale it.
+            reduction: ``"mean"`` over the micro-batch's tokens, or their ``"sum"``.
+        """
+        if loss.dim() != 0:
+            raise UserError(f"follow takes the 0-d loss, not a tensor of shape {tuple(loss.shape)}; reduce it first.")
+        if reduction not in ("mean", "sum"):
+            raise UserError(f"reduction={reduction!r} is unknown; choose 'mean' or 'sum'.")
+        return _Follow.apply(loss, self, reduction)  # type: ignore[no-any-return]
+
+    def scale_of(self, tokens: Tensor) -> Scale | None:
+        """The factor on a loss that is a mean over ``tokens`` tokens; None where nobody gave it."""
+        if self._followed is None:
+            return self.loss_scale
+        scale, reduction = self._followed
+        return scale * tokens if reduction == "sum" else scale
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Sum the windows over the ranks, update every part that learns, and open the next window."""
+        self._stepped.clear()
+        windows = [layer.window for layer in self.layers.values()]
+        if self.world_size == 1 and not any(window.sums for window in windows):
+            return
+        sums = [layer.window.sums or layer.blank_statistics() for layer in self.layers.values()]
+        if self.world_size > 1:
+            _all_reduce(sums, self.group)
+        for layer, total in zip(self.layers.values(), sums):
+            layer.commit(total)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was counted since the last step."""
+        self._stepped.clear()
+        for layer in self.layers.values():
+            layer.window.sums = {}
+
+    def remove(self) -> None:
+        """Undo ``attach``."""
+        for hook in self._hooks:
+            hook.remove()
+        for optimizer in self._optimizers:
+            vars(optimizer).pop("zero_grad", None)
+        for layer in self.layers.values():
+            layer.window.handle = None
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # what a GradScaler tells a fused optimizer
+        if found_inf is not None and found_inf.item():
+            self.discard()
+            return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self._optimizers):
+            self.step()
+
+    def _watch_zero_grad(self, optimizer: Optimizer) -> None:
+        """Let the window go with gradients that are thrown away: an unfused step that is skipped calls no hook."""
+        zero_grad = optimizer.zero_grad
+
+        def discarding(*args: Any, **kwargs: Any) -> None:
+            if id(optimizer) not in self._stepped:
+                self.discard()
+            zero_grad(*args, **kwargs)
+
+        optimizer.zero_grad = discarding  # type: ignore[method-assign]
+
+
+class _Follow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, handle: Handle, reduction: str) -> Tensor:
+        ctx.handle, ctx.reduction = handle, reduction
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ctx.handle._followed = grad.detach(), ctx.reduction
+        # A factor is good for the backward pass that applied it, not for a later one that nobody follows.
+        Variable._execution_engine.queue_callback(lambda: setattr(ctx.handle, "_followed", None))
+        return grad, None, None
+
+
+def _all_reduce(sums: Iterable[dict[str, Tensor]], group: dist.ProcessGroup | None) -> None:
+    """Sum every tensor over the ranks, in one message per dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for layer in sums:
+        for name in sorted(layer):
+            by_dtype.setdefault(layer[name].dtype, []).append(layer[name])
+    for _, tensors in sorted(by_dtype.items(), key=lambda item: str(item[0])):
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=group)
+        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(piece.view_as(tensor))

@@ -1,0 +1,128 @@
+"""What any layer with balanced routing has: its parts, their losses and statistics, and the window they fill."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from equipoise.balancing.tap import refuse_lost_backward
+from equipoise.balancing.window import Window
+from equipoise.contracts import Call, NonFiniteError, Routing, Scores, Stateful
+
+if TYPE_CHECKING:
+    from equipoise.routing.override import Hook
+
+
+class BalancedLayer(nn.Module):
+    """A layer that routes tokens to experts and is balanced; ``attach`` and ``load_stats`` find these.
+
+    Args:
+        router, scorer, selector, balancers, experts: the parts.
+        top_k: K, experts per token.
+
+    Attributes:
+        step: optimizer steps so far; saved with the model, since schedules read it.
+        window: what was counted since the last step.
+        override: a hook that takes the selector's place; see ``equipoise.override``.
+        routing: the last call's Routing, detached; None before it.
+        logit_total: the sum of the last call's logits; not finite where one of them is not.
+    """
+
+    router: Any  # nn.Module forgets the types of its children
+    scorer: Any
+    selector: Any
+    balancers: Any
+    experts: Any
+    step: Tensor
+
+    def __init__(
+        self,
+        router: nn.Module,
+        scorer: nn.Module,
+        selector: nn.Module,
+        balancers: nn.ModuleDict,
+        experts: nn.Module,
+        top_k: int,
+    ):
+        super().__init__()
+        self.router, self.scorer, self.selector, self.balancers = router, scorer, selector, balancers
+        self.experts, self.top_k = experts, top_k
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        learns = any(isinstance(p, Stateful) or getattr(p, "needs_all_ranks", False) for p in self._parts().values())
+        self.window = Window(balancers, learns)
+        self.override: Hook | None = None
+        self.routing: Routing | None = None
+        self.logit_total: Tensor | None = None
+
+    def call(self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None) -> Call:
+        """What the parts may read of this call; padding is zeroed, so that nothing in it can spread."""
+        if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            refuse_lost_backward()
+        x_TD = x.reshape(-1, x.shape[-1])
+        mask_T = None if mask is None else mask.reshape(-1)
+        if mask_T is not None:
+            x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
+        length = x.shape[-2] if x.dim() > 2 else max(1, x_TD.shape[0])
+        sequence_T = torch.arange(x_TD.shape[0], device=x.device) // length
+        return Call(x_TD, mask_T, sequence_T, self.top_k, self.step, self.router, self.experts, self.training)
+
+    def refuse_nonfinite(self, scores: Scores) -> None:
+        """Stop at NaN or infinite logits where looking is free; elsewhere ``logit_total`` tells whoever synchronises.
+
+        Fails: NonFiniteError.
+        """
+        self.logit_total = scores.logit_TE.detach().sum()
+        if self.logit_total.is_cpu and not torch.compiler.is_compiling() and not self.logit_total.isfinite():
+            raise NonFiniteError(self)
+
+    def losses(self, call: Call, scores: Scores, routing: Routing) -> dict[str, Tensor]:
+        """The carriers of the balancers' losses, by balancer."""
+        found = {name: balancer.loss(call, scores, routing) for name, balancer in self.balancers.items()}
+        return {name: carrier for name, carrier in found.items() if carrier is not None}
+
+    def statistics(self, call: Call, scores: Scores, routing: Routing) -> dict[str, Tensor]:
+        """What this call adds to the window: the layer's own counts, and each part's as ``"part.name"``."""
+        counts = {
+            "demand_E": routing.demand_E(),
+            "dropped": routing.dropped_E.sum(),
+            "tokens": call.tokens(),
+            "calls": torch.ones((), dtype=torch.int64, device=routing.load_E.device),
+        }
+        for part, module in self._parts().items():
+            if isinstance(module, Stateful):
+                found = module.statistics(call, scores, routing)
+                counts |= {f"{part}.{name}": value for name, value in found.items()}
+        return counts
+
+    def blank_statistics(self) -> dict[str, Tensor]:
+        """The statistics of a window in which this rank saw nothing, for ranks that must add something."""
+        x_TD = next(self.router.parameters()).new_zeros(0, self.router.weight.shape[1])
+        call = Call(x_TD, None, x_TD.new_zeros(0).long(), self.top_k, self.step, self.router, self.experts, True)
+        scores = self.scorer(call)
+        routing = self.selector(call, scores)
+        losses = {f"loss.{name}": scores.prob_TE.new_zeros(()) for name in self.losses(call, scores, routing)}
+        return self.statistics(call, scores, routing) | {"calls": torch.zeros_like(self.step)} | losses
+
+    def commit(self, total: dict[str, Tensor]) -> None:
+        """Move every part that learns by a finished window's sums over all ranks."""
+        for part, module in self._parts().items():
+            if isinstance(module, Stateful):
+                own = {name.partition(".")[2]: value for name, value in total.items() if name.startswith(f"{part}.")}
+                module.update(own)
+        self.step += 1
+        self.window.last = total
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {"scorer": self.scorer, "selector": self.selector, **dict(self.balancers.items())}
+
+
+def balanced_layers(model: nn.Module) -> dict[str, BalancedLayer]:
+    """The model's balanced layers by name, in the model's order; wrappers (DDP, compiled) leave no trace."""
+    return {
+        name.replace("_orig_mod.", "").removeprefix("module."): module
+        for name, module in model.named_modules()
+        if isinstance(module, BalancedLayer)
+    }

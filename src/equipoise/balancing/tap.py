@@ -1,0 +1,104 @@
+"""The tap: losses and counts leave a layer through the backward pass of its combine weights.
+
+An operator sits on ``weight_N``. Forward it only copies. Its backward runs exactly once for each micro-batch that
+reaches a loss, whatever happens around it: recomputation repeats forwards, not backwards; evaluation has no backward.
+There it adds the statistics to the layer's window and hands each balancing loss its gradient.
+
+It is a custom operator, so that ``torch.compile`` neither looks into it nor reorders its effects away: what must happen
+depends on an output that the graph needs.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from equipoise.balancing.window import Window
+from equipoise.contracts import Routing, UserError
+
+_OPAQUE = (torch.Tag.cudagraph_unsafe,)  # a replayed CUDA graph would skip the host's part
+
+
+@torch.library.custom_op("equipoise::tap", mutates_args=(), tags=_OPAQUE)
+def _tap(
+    weight_N: Tensor, anchor: Tensor, losses: list[Tensor], statistics: list[Tensor], key: Tensor, names: str
+) -> tuple[Tensor, Tensor]:
+    """A copy of the weights, and a ticket that is spent by the first backward through it."""
+    return weight_N.clone(), torch.zeros((), dtype=torch.int64)
+
+
+@torch.library.custom_op("equipoise::tap_backward", mutates_args=(), tags=_OPAQUE)
+def _tap_backward(
+    grad_N: Tensor, losses: list[Tensor], statistics: list[Tensor], ticket: Tensor, key: Tensor, names: str
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The gradients of the weights, of the losses' carriers and of the anchor; the window is told on the way."""
+    if int(ticket):
+        return grad_N.clone(), [torch.zeros_like(carrier) for carrier in losses], torch.zeros(())
+    ticket.fill_(1)  # not declared: to the compiler the ticket is an ordinary saved tensor, and only we look at it
+    loss_names, statistic_names = (part.split(",") if part else [] for part in names.split(";"))
+    with torch.no_grad():
+        gradients = Window.of(key).record(dict(zip(loss_names, losses)), dict(zip(statistic_names, statistics)))
+    return grad_N.clone(), gradients, torch.zeros(())
+
+
+@_tap.register_fake
+def _(weight_N, anchor, losses, statistics, key, names):
+    return torch.empty_like(weight_N), torch.empty((), dtype=torch.int64)
+
+
+@_tap_backward.register_fake
+def _(grad_N, losses, statistics, ticket, key, names):
+    return torch.empty_like(grad_N), [torch.empty_like(carrier) for carrier in losses], torch.empty(())
+
+
+def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    # Attributes, not saved tensors: these few numbers must not pass through hooks that recompute or offload.
+    _, _, losses, ctx.statistics, ctx.key, ctx.names = inputs
+    ctx.losses, ctx.ticket = [carrier.detach() for carrier in losses], output[1]
+
+
+def _backward(ctx: Any, grad_N: Tensor, _: None) -> tuple:
+    grad_N, gradients, anchor = _tap_backward(grad_N, ctx.losses, ctx.statistics, ctx.ticket, ctx.key, ctx.names)
+    return grad_N, anchor, gradients, [None] * len(ctx.statistics), None, None
+
+
+_tap.register_autograd(_backward, setup_context=_remember)
+
+
+def tap(window: Window, routing: Routing, losses: dict[str, Tensor], statistics: dict[str, Tensor]) -> Routing:
+    """Tie losses and statistics to the backward pass of the routing's weights.
+
+    Args:
+        window: the layer's; told in the backward pass.
+        losses: carriers by balancer name (see ``Balancer``).
+        statistics: additive tensors by name.
+    Returns:
+        The same routing with a fresh ``weight_N``.
+    """
+    names = f"{','.join(losses)};{','.join(statistics)}"
+    weight_N, _ = _tap(
+        routing.weight_N, window.anchor, list(losses.values()), list(statistics.values()), window.key, names
+    )
+    return Routing(routing.token_N, routing.expert_N, weight_N, routing.load_E, routing.dropped_E)
+
+
+def refuse_lost_backward() -> None:
+    """Refuse reentrant checkpointing none of whose inputs requires grad: its backward, and so the tap's, never runs.
+
+    Fails: UserError. Called where a training layer finds gradients switched off, which is what such a checkpoint does.
+    """
+    frame, outermost = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            outermost = frame
+        frame = frame.f_back
+    if outermost is None:
+        return
+    inputs = outermost.f_locals["args"]
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        raise UserError(
+            "Reentrant checkpointing around an MoE layer needs an input that requires grad, or nothing inside is "
+            "trained; use checkpoint(..., use_reentrant=False), or x.requires_grad_()."
+        )

@@ -1,0 +1,1 @@
+"""The experts: what computes the routed rows."""

@@ -1,0 +1,1 @@
+"""Kernels that multiply each expert's rows with that expert's weight."""

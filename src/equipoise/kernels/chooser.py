@@ -1,0 +1,26 @@
+"""Which kernel multiplies the experts' rows: an explicit rule, and its answer is recorded by whoever asks."""
+
+import torch
+
+from equipoise.contracts import UserError
+from equipoise.kernels import grouped_mm
+from equipoise.kernels.grouped_linear import KERNELS
+
+
+def choose(kernel: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
+    """Resolve ``"auto"``: ``grouped_mm`` where torch's takes this dtype and these row widths, else ``loop``.
+
+    Args:
+        kernel: ``"auto"`` or a key of ``KERNELS``.
+        dtype: of the rows.
+        widths: elements per row of every matrix involved.
+    Fails: UserError for an unknown kernel, or for one that was asked for and cannot do it.
+    """
+    if kernel == "auto":
+        return "loop" if grouped_mm.refusal(dtype, widths) else "grouped_mm"
+    if kernel not in KERNELS:
+        raise UserError(f"Unknown kernel {kernel!r}; choose one of auto, {', '.join(KERNELS)}.")
+    reason = grouped_mm.refusal(dtype, widths) if kernel == "grouped_mm" else None
+    if reason:
+        raise UserError(f"Kernel 'grouped_mm' cannot be used: {reason}. Choose kernel='loop' or 'auto'.")
+    return kernel

@@ -1,0 +1,91 @@
+"""The layer: score, adjust, select, tap, compute, add the shared experts."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from equipoise.balancing.balanced import BalancedLayer
+from equipoise.balancing.tap import tap
+from equipoise.balancing.z_loss import ZLoss
+from equipoise.contracts import UserError
+from equipoise.experts.swiglu import DenseSwiGLU, SwiGLU
+from equipoise.methods import build, find
+from equipoise.routing.router import Router
+
+
+class MoE(BalancedLayer):
+    """A sparse Mixture-of-Experts feed-forward layer whose experts a named method keeps evenly used.
+
+    Args:
+        dim: D, width of the model.
+        hidden_dim: F, hidden width of each expert.
+        num_experts: E, routed experts.
+        top_k: K, experts per token.
+        method: a key of ``equipoise.METHODS``.
+        shared_experts: experts that every token passes, beside the routed ones.
+        z_loss: weight of the router z-loss; 0 leaves it out.
+        kernel: ``"auto"``, ``"grouped_mm"``, ``"loop"`` or ``"naive"``.
+        settings: of the method's parts, as ``rate=1e-3`` or ``**{"bias.rate": 1e-3}``.
+
+    Attributes:
+        settings: of the method's parts as resolved, by ``"part.setting"``.
+
+    Fails: UserError for impossible sizes, an unknown method, setting or kernel.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int,
+        method: str = "global_batch",
+        shared_experts: int = 0,
+        z_loss: float = 0.0,
+        kernel: str = "auto",
+        **settings: Any,
+    ):
+        _check(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, top_k=top_k, shared_experts=shared_experts)
+        scorer, selector, balancers, resolved = build(find(method), num_experts, settings)
+        if z_loss:
+            balancers["z_loss"] = ZLoss(num_experts, weight=z_loss)
+        experts = SwiGLU(dim, hidden_dim, num_experts, kernel)
+        super().__init__(Router(dim, num_experts), scorer, selector, balancers, experts, top_k)
+        self.shared = DenseSwiGLU(dim, shared_experts * hidden_dim) if shared_experts else None
+        self.method, self.settings = method, resolved
+
+    def forward(self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None) -> Tensor:
+        """Send every token through its experts.
+
+        Args:
+            x: ``[..., D]``.
+            mask: ``[...]``, True for a real token; padding is routed and counted nowhere, and answered with zeros.
+        Returns:
+            ``[..., D]``.
+        Fails: UserError for a wrong width or mask, NonFiniteError for NaN or infinite logits.
+        """
+        call = self.call(x, mask)
+        scores = self.scorer(call)
+        self.refuse_nonfinite(scores)
+        for balancer in self.balancers.values():
+            scores = balancer.adjust(call, scores)
+        routing = self.override(call, scores, self.selector) if self.override else self.selector(call, scores)
+        if self.training and torch.is_grad_enabled():
+            losses, statistics = self.losses(call, scores, routing), self.statistics(call, scores, routing)
+            routing = tap(self.window, routing, losses, statistics)
+        y_TD = self.experts(call.x_TD, routing)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(call.x_TD)
+        self.routing = routing.detach()
+        return y_TD.view(x.shape)
+
+
+def _check(num_experts: int, top_k: int, **sizes: int) -> None:
+    for name, size in {**sizes, "num_experts": num_experts}.items():
+        if size < (0 if name == "shared_experts" else 1):
+            raise UserError(f"{name}={size} is impossible; give a positive number.")
+    if not 1 <= top_k <= num_experts:
+        raise UserError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}.")

@@ -1,0 +1,25 @@
+"""The router: tokens to logits, one linear map in at least fp32."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Router(nn.Module):
+    """``logit = x weight^T``, computed in fp32 under any autocast (fp64 for fp64 tokens), whatever dtype it is kept in.
+
+    Args:
+        dim: D, width of the model.
+        num_experts: E.
+    """
+
+    def __init__(self, dim: int, num_experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(std=dim**-0.5))
+
+    def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+        """The logits of every token for every expert."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype))

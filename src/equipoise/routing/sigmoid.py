@@ -1,0 +1,22 @@
+"""Sigmoid scores."""
+
+from torch import nn
+
+from equipoise.contracts import Call, Scores
+
+
+class Sigmoid(nn.Module):
+    """``gate = choice = sigmoid(logit)``: every expert is scored by itself; losses read the scores normalised over E.
+
+    Source: DeepSeek-V3 (2412.19437), eq. 15; the normalisation for losses is its eq. 19. Differs: no.
+    """
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+
+    def forward(self, call: Call) -> Scores:
+        """Score every token against every expert."""
+        logit_TE = call.router(call.x_TD)
+        score_TE = logit_TE.sigmoid()
+        prob_TE = score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
+        return Scores(logit_TE, prob_TE, score_TE, score_TE)

@@ -1,0 +1,82 @@
+"""Token choice: every token takes its K best experts, dropless or within a capacity."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from equipoise.contracts import Call, Routing, Scores, UserError
+from equipoise.routing.rows import pack, unmasked, weigh
+
+
+class TopK(nn.Module):
+    """Choose the K experts of highest ``choice`` per token; N = T*K rows.
+
+    Args:
+        num_experts: E.
+        renormalize: make a token's weights sum to 1. None: for K > 1, since at K = 1 the weight would be the constant 1
+            and the router would get no gradient.
+        capacity_factor: an expert keeps at most ``ceil(factor * tokens * K / E)`` rows in training; None drops nothing.
+        drop: which rows an expert over its capacity keeps: those of the highest gate (``"score"``) or of the first
+            tokens (``"position"``).
+
+    Fails: UserError where ``renormalize`` is asked for with K = 1.
+    Source: GShard (2006.16668), algorithm 1; Switch (2101.03961), section 2.2 for the capacity. Differs: dropping is
+    off in evaluation, and a dropped row's weight is not given to the token's other experts.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        renormalize: bool | None = None,
+        capacity_factor: float | None = None,
+        drop: str = "score",
+    ):
+        super().__init__()
+        if drop not in ("score", "position"):
+            raise UserError(f"drop={drop!r} is unknown; choose 'score' or 'position'.")
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise UserError(f"capacity_factor={capacity_factor} keeps no row; give a positive factor, or None.")
+        self.renormalize, self.capacity_factor, self.drop = renormalize, capacity_factor, drop
+
+    def forward(self, call: Call, scores: Scores) -> Routing:
+        """Choose the rows."""
+        num_tokens, num_experts = scores.choice_TE.shape
+        expert_N = scores.choice_TE.topk(call.k, dim=-1).indices.reshape(-1)
+        token_N = torch.arange(num_tokens, device=expert_N.device).repeat_interleave(call.k)
+        expert_N = unmasked(call, token_N, expert_N, num_experts)
+        weight_N = self.weigh(call, scores, token_N, expert_N)
+        if self.capacity_factor is None or not call.training:
+            return pack(scores, token_N, expert_N, weight_N)
+        over_N = self._over_capacity(call, num_experts, expert_N, weight_N)
+        count = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
+        dropped_E = count.scatter_add(0, expert_N, over_N.to(torch.int64))[:num_experts]
+        expert_N = expert_N.masked_fill(over_N, num_experts)
+        return pack(scores, token_N, expert_N, weight_N.masked_fill(over_N, 0), dropped_E)
+
+    def weigh(
+        self, call: Call, scores: Scores, token_N: Int[Tensor, " N"], expert_N: Int[Tensor, " N"]
+    ) -> Float[Tensor, " N"]:
+        """The combine weights of these rows."""
+        if self.renormalize and call.k == 1:
+            raise UserError("renormalize=True with top_k=1 makes every weight 1 and starves the router; leave it out.")
+        return weigh(scores, token_N, expert_N, call.k > 1 if self.renormalize is None else self.renormalize)
+
+    def _over_capacity(
+        self, call: Call, num_experts: int, expert_N: Int[Tensor, " N"], weight_N: Float[Tensor, " N"]
+    ) -> Tensor:
+        """True for the rows that find their expert full."""
+        assert self.capacity_factor is not None
+        capacity = (self.capacity_factor * call.tokens() * call.k / num_experts).ceil()
+        order_N = (
+            weight_N.argsort(descending=True, stable=True)
+            if self.drop == "score"
+            else torch.arange(len(expert_N), device=expert_N.device)
+        )
+        order_N = order_N[expert_N[order_N].argsort(stable=True)]
+        sorted_N = expert_N[order_N]
+        rank_N = torch.arange(len(expert_N), device=expert_N.device) - torch.searchsorted(sorted_N, sorted_N)
+        over_N = (rank_N >= capacity) & (sorted_N < num_experts)
+        return torch.empty_like(over_N).scatter(0, order_N, over_N)
