@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
+import tyro
 
 from equipoise.contracts import UserError
 
@@ -81,7 +82,7 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it becomes tokens."""
 
-    source: Name = "default"
+    source: Annotated[Name, tyro.conf.arg(name="data")] = "default"
     """Text: default, a file, a folder, or hf:NAME."""
     tokenizer: Tokenizer = "bytes"
     """bytes, or bpe:SIZE for byte-pair encoding with SIZE tokens."""

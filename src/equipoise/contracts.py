@@ -122,6 +122,7 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
 class Selector(Protocol):
     """Scores to routing. ``causal`` is False where a token's experts depend on other tokens."""
 

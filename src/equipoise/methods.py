@@ -99,6 +99,12 @@ def find(name: str) -> Method:
     return METHODS[name]
 
 
+def parts_of(method: Method) -> dict[str, type]:
+    """The classes of a method's scorer, selector and balancers, by name."""
+    parts: dict[str, type] = {method.scorer: SCORERS[method.scorer], method.selector: SELECTORS[method.selector]}
+    return parts | {name: BALANCERS[name] for name in method.balancers}
+
+
 def build(
     method: Method, num_experts: int, settings: dict[str, Any]
 ) -> tuple[nn.Module, nn.Module, nn.ModuleDict, dict[str, Any]]:
@@ -110,8 +116,7 @@ def build(
         Scorer, selector, balancers by name, and all settings as resolved, by ``"part.setting"``.
     Fails: UserError for a setting that no part has, or that several have.
     """
-    parts: dict[str, type] = {method.scorer: SCORERS[method.scorer], method.selector: SELECTORS[method.selector]}
-    parts |= {name: BALANCERS[name] for name in method.balancers}
+    parts = parts_of(method)
     known = {f"{name}.{key}": default for name, part in parts.items() for key, default in _settings_of(part).items()}
     resolved = known | method.settings
     resolved |= {f"{name}.{key}": value for name, given in method.balancers.items() for key, value in given.items()}

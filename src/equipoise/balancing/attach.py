@@ -60,7 +60,6 @@ class Handle:
         for layer in self.layers.values():
             layer.window.handle = self
 
-    @torch.compiler.disable
     def follow(self, loss: Tensor, reduction: str = "mean") -> Tensor:
         """Return the loss unchanged; its backward tells the balancing losses by what factor the loop scaled it.
 
@@ -72,7 +71,7 @@ class Handle:
             raise UserError(f"follow takes the 0-d loss, not a tensor of shape {tuple(loss.shape)}; reduce it first.")
         if reduction not in ("mean", "sum"):
             raise UserError(f"reduction={reduction!r} is unknown; choose 'mean' or 'sum'.")
-        return _Follow.apply(loss, self, reduction)  # type: ignore[no-any-return]
+        return _follow(loss, self, reduction)  # pyright: ignore[reportCallIssue] - torch leaves disable untyped
 
     def scale_of(self, tokens: Tensor) -> Scale | None:
         """The factor on a loss that is a mean over ``tokens`` tokens; None where nobody gave it."""
@@ -129,6 +128,12 @@ class Handle:
             zero_grad(*args, **kwargs)
 
         optimizer.zero_grad = discarding  # type: ignore[method-assign]
+
+
+@torch.compiler.disable
+def _follow(loss: Tensor, handle: Handle, reduction: str) -> Tensor:
+    """Its backward acts on the handle, which no compiled graph may swallow."""
+    return _Follow.apply(loss, handle, reduction)  # type: ignore[return-value]
 
 
 class _Follow(torch.autograd.Function):

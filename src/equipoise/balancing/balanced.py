@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from equipoise.balancing.tap import refuse_lost_backward
 from equipoise.balancing.window import Window
-from equipoise.contracts import Call, NonFiniteError, Routing, Scores, Stateful
+from equipoise.contracts import Call, NonFiniteError, Routing, Scores, Stateful, UserError
 
 if TYPE_CHECKING:
     from equipoise.routing.override import Hook
@@ -57,8 +57,17 @@ class BalancedLayer(nn.Module):
         self.routing: Routing | None = None
         self.logit_total: Tensor | None = None
 
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.router.weight.shape[0]
+
     def call(self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None) -> Call:
-        """What the parts may read of this call; padding is zeroed, so that nothing in it can spread."""
+        """What the parts may read of this call; padding is zeroed, so that nothing in it can spread.
+
+        Fails: UserError for tokens of a wrong width or type, or a mask that does not fit them.
+        """
+        self._check(x, mask)
         if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             refuse_lost_backward()
         x_TD = x.reshape(-1, x.shape[-1])
@@ -114,6 +123,15 @@ class BalancedLayer(nn.Module):
                 module.update(own)
         self.step += 1
         self.window.last = total
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        dim = self.router.weight.shape[1]
+        if x.dim() == 0 or x.shape[-1] != dim or not x.is_floating_point():
+            raise UserError(f"The layer takes floating-point tokens [..., {dim}], not {x.dtype} {list(x.shape)}.")
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise UserError(
+                f"mask must be bool {list(x.shape[:-1])}, True for a real token, not {mask.dtype} {list(mask.shape)}."
+            )
 
     def _parts(self) -> dict[str, nn.Module]:
         return {"scorer": self.scorer, "selector": self.selector, **dict(self.balancers.items())}

@@ -59,7 +59,7 @@ def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.losses, ctx.ticket = [carrier.detach() for carrier in losses], output[1]
 
 
-def _backward(ctx: Any, grad_N: Tensor, _: None) -> tuple:
+def _backward(ctx: Any, grad_N: Tensor, _: Tensor | None) -> tuple:
     grad_N, gradients, anchor = _tap_backward(grad_N, ctx.losses, ctx.statistics, ctx.ticket, ctx.key, ctx.names)
     return grad_N, anchor, gradients, [None] * len(ctx.statistics), None, None
 

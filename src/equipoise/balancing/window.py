@@ -74,7 +74,7 @@ class Window:
             balancer = self.balancers[name]
             slope = balancer.slope(carrier, demand_E)
             self._add(f"loss.{name}", (slope * carrier).sum())
-            gradients.append(slope * (scale * balancer.weight))
+            gradients.append((slope * (scale * balancer.weight)).to(carrier.dtype))
         return gradients
 
     def _add(self, name: str, value: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""The reference training loop: text, tokens, batches, steps, comparison."""

@@ -1,0 +1,213 @@
+"""Train several methods alike, at equal FLOPs on the same text from the same weights, and report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equipoise.config import CompareConfig, RunConfig, TrainConfig, load, save, to_dict
+from equipoise.contracts import UserError
+from equipoise.methods import find, parts_of
+from equipoise.models.decoder import Decoder
+from equipoise.report.page import write_page
+from equipoise.report.results import power
+from equipoise.training.environment import environment
+from equipoise.training.flops import Ledger
+from equipoise.training.loop import write_json
+from equipoise.training.metrics import read
+from equipoise.training.run import CONFIG_FILE, RESULT_FILE, Interrupted, differences, signals
+from equipoise.training.schedule import bias_rate
+
+BUDGET_FILE = "budget.json"
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+CALIBRATION_STEPS = 25
+VALIDATIONS = 5  # per run, for the curve
+RESERVE = 0.92  # of the minutes; the rest is for runs that are slower than the one that calibrated
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Train every method with every seed and write ``results.json`` and ``report.html``.
+
+    Each run is a process of its own (``equipoise train``), so that its peak memory is its own. Runs that are finished
+    are not repeated; one that was killed resumes.
+
+    Returns:
+        The contents of ``results.json``.
+    Fails: UserError for whatever the user can mend; Interrupted after SIGINT or SIGTERM, when the run's state is saved.
+    """
+    config.check()
+    folder = Path(config.out)
+    _settings(config)
+    _claim(folder, config)
+    budget = _budget(folder, config)
+    runs = [
+        _run(_train_config(config, method, budget, seed)) | {"notes": _notes(method)}
+        for seed in range(config.seeds)
+        for method in config.methods
+    ]
+    results = _results(config, budget, runs)
+    write_json(folder / RESULTS_FILE, results)
+    write_page(results, folder / REPORT_FILE)
+    return results
+
+
+def _settings(config: CompareConfig) -> dict[str, tuple[str, ...]]:
+    """The user's settings for each method: those of parts that it has. Fails: UserError for one that none has."""
+    fitting: dict[str, tuple[str, ...]] = {}
+    for name in config.methods:
+        parts = parts_of(find(name))
+        fitting[name] = tuple(item for item in config.model.set if item.partition(".")[0] in parts)
+    unused = sorted(set(config.model.set).difference(*fitting.values()))
+    if unused:
+        raise UserError(f"Setting {unused[0]!r} fits none of the methods {', '.join(config.methods)}.")
+    return fitting
+
+
+def _claim(folder: Path, config: CompareConfig) -> None:
+    """Take the result folder. Fails: UserError where it holds another comparison."""
+    path = folder / CONFIG_FILE
+    if path.exists():
+        # Methods and seeds may be added: finished runs stay, new ones join.
+        free = {"methods", "seeds", "baseline", "out"}
+        differing = sorted(differences(to_dict(load(CompareConfig, path)), to_dict(config)) - free)
+        if differing:
+            raise UserError(
+                f"{folder} holds a comparison with another configuration ({', '.join(differing)}); choose another "
+                "--out, or remove the folder."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    save(config, path)
+
+
+def _budget(folder: Path, config: CompareConfig) -> dict[str, Any]:
+    """FLOPs per run: as given, or once measured so that the whole comparison takes the given minutes."""
+    path = folder / BUDGET_FILE
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if config.flops is not None:
+        budget = {"flops": config.flops, "minutes": None, "flops_per_second": None}
+    else:
+        budget = _calibrate(folder, config)
+    write_json(path, budget)
+    return budget
+
+
+def _calibrate(folder: Path, config: CompareConfig) -> dict[str, Any]:
+    """Measure one short run of the baseline: its speed, and what a run costs beside its steps."""
+    assert config.minutes is not None
+    start = time.perf_counter()
+    probe = _base(config, config.baseline, seed=0, out=str(folder / "calibration"))
+    every = CALIBRATION_STEPS // VALIDATIONS
+    done = _run(replace(probe, steps=CALIBRATION_STEPS, flops=None, log_every=every, validate_every=every))
+    wall = time.perf_counter() - start
+    beside = wall - done["tokens"] / done["tokens_per_second"]
+    # The first steps warm up allocators and caches, so the speed is that of the last log interval.
+    *_, last = read(folder / "calibration")
+    per_second = done["flops"] / done["tokens"] * last["tokens_per_second"]
+    runs = len(config.methods) * config.seeds
+    flops = ((config.minutes * 60 * RESERVE - wall) / runs - beside) * per_second
+    if flops < done["flops"]:
+        least = (runs * (beside + done["flops"] / per_second) + wall) / 60 / RESERVE
+        raise UserError(
+            f"{config.minutes:g} minutes are too few for {runs} runs on this machine; give at least {least:.1f}, or "
+            "fewer methods."
+        )
+    return {"flops": float(f"{flops:.3g}"), "minutes": config.minutes, "flops_per_second": per_second}
+
+
+def _base(config: CompareConfig, method: str, seed: int, out: str) -> TrainConfig:
+    """What all runs share, and a method with the settings that concern it."""
+    shared: dict[str, Any] = {item.name: getattr(config, item.name) for item in fields(RunConfig)}
+    items = _settings(config)[method]
+    chosen = find(method)
+    if not chosen.causal and not any(item.startswith(f"{chosen.selector}.evaluation=") for item in items):
+        items += (f"{chosen.selector}.evaluation=top_k",)
+    model = replace(config.model, method=method, set=items)
+    return TrainConfig(**(shared | {"model": model, "seed": seed, "out": out, "tensorboard": False}))
+
+
+def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], seed: int) -> TrainConfig:
+    """The run of one method and seed, with what scales to its length."""
+    run = _base(config, method, seed, out=str(Path(config.out) / "runs" / f"{method}-seed{seed}"))
+    steps = max(1, round(budget["flops"] / _step_flops(config)))
+    items = run.model.set
+    if "bias" in parts_of(find(method)) and not any(item.startswith("bias.rate=") for item in items):
+        items += (f"bias.rate={bias_rate(steps):.2g}",)
+    every = max(1, steps // 100)
+    return replace(
+        run,
+        model=replace(run.model, set=items),
+        flops=budget["flops"],
+        log_every=every,
+        validate_every=max(1, steps // VALIDATIONS),
+        checkpoint_every=max(50, steps // 4),
+    )
+
+
+def _step_flops(config: CompareConfig) -> float:
+    """What one step costs, whatever the method."""
+    name = config.data.tokenizer
+    vocab_size = 256 if name == "bytes" else int(name.partition(":")[2])
+    with torch.device("meta"):
+        model = Decoder(replace(config.model, method="unbalanced", set=()), vocab_size)
+    seq_len = config.data.seq_len
+    return Ledger.of(model, seq_len).per_token.total * config.optimizer.batch_size * seq_len
+
+
+def _run(config: TrainConfig) -> dict[str, Any]:
+    """Train in a process of its own and return its result; a signal to us is passed on, so that it saves its state."""
+    folder = Path(config.out)
+    if (folder / RESULT_FILE).exists():
+        return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f"{folder.name}.toml"
+    save(config, path)
+    command = [sys.executable, "-m", "equipoise", "train", "--config", str(path)]
+    with signals() as received:
+        # A process group of its own: Ctrl-C reaches us alone, and we pass it on once.
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, process_group=0)
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.2)
+            if received:
+                process.send_signal(received[0])
+                process.wait()
+                raise Interrupted(received[0], folder)
+    if process.returncode:
+        raise UserError(
+            f"The run of {config.model.method}, seed {config.seed}, stopped with exit code {process.returncode} (its "
+            "message is above); finished runs are kept, and the same command goes on from here."
+        )
+    return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+
+
+def _results(config: CompareConfig, budget: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    text = runs[0]["text"]
+    results: dict[str, Any] = {
+        "environment": environment(),
+        "settings": to_dict(config),
+        "budget": budget,
+        "data": {"source": config.data.source, **text},
+        "baseline": config.baseline,
+        "runs": [{key: value for key, value in run.items() if key != "text"} for run in runs],
+    }
+    return results | {"power": power(results)}
+
+
+def _notes(method: str) -> list[str]:
+    """What a reader must know to read a method's row rightly."""
+    if find(method).causal:
+        return []
+    return [
+        "Trained with experts choosing among all tokens, later ones included, so its training loss is not comparable; "
+        "validated with every token choosing its top K."
+    ]

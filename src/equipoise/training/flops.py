@@ -1,0 +1,110 @@
+"""The FLOP ledger: what a decoder's matrix products cost, part by part.
+
+A multiply-add is 2 FLOPs, so a product costs 2 per weight and row, forward; backward costs twice that, once for the
+gradient of the rows and once for that of the weight. Attention's scores and their sum over values are counted as full
+S x S products, causal or not, without the recomputation of fused kernels: what ``torch.utils.flop_counter`` counts for
+``F.scaled_dot_product_attention`` in its plain form (``SDPBackend.MATH``). Experts are charged the rows that they
+computed: what was dropped, padding and rows without use cost nothing. Left out is element-wise work (norms, softmax,
+activations, selection, combining, looking up embeddings, the optimizer) and what a balancer computes beside the layer.
+
+Importing this module also teaches torch's counter our two operators, by the rows that experts have, not by their bound.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from equipoise.contracts import UserError
+from equipoise.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of each part of a decoder, summed over its layers."""
+
+    attention: int
+    router: int
+    routed: int
+    shared: int
+    dense: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(astuple(self))
+
+    def __mul__(self, factor: int) -> "Flops":
+        return Flops(*(part * factor for part in astuple(self)))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Forward FLOPs per token, and per routed row where the number of rows decides.
+
+    Attributes:
+        token: of one token, ``routed`` excepted, which is 0.
+        row: of one row of each MoE layer's experts.
+        top_k: K of each MoE layer.
+    """
+
+    token: Flops
+    row: tuple[int, ...]
+    top_k: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Decoder, seq_len: int) -> "Ledger":
+        """Read the sizes from a model that gets sequences of S = ``seq_len``."""
+        attentions = [layer.attention for layer in model.layers]
+        denses = [layer.dense for layer in model.layers if layer.dense is not None]
+        moes = [layer.moe for layer in model.layers if layer.moe is not None]
+        token = Flops(
+            attention=sum(_product(each) + 4 * seq_len * each.qkv.in_features for each in attentions),
+            router=sum(_product(moe.router) for moe in moes),
+            routed=0,
+            shared=sum(_product(moe.shared) for moe in moes if moe.shared is not None),
+            dense=sum(_product(dense) for dense in denses),
+            head=_product(model.embedding),
+        )
+        row = tuple(_product(moe.experts) // len(moe.router.weight) for moe in moes)
+        return cls(token, row, tuple(moe.top_k for moe in moes))
+
+    def forward_flops(self, num_tokens: int, rows_per_layer: Sequence[int]) -> Flops:
+        """FLOPs of one forward pass.
+
+        Args:
+            num_tokens: T, padding included: only the experts skip it.
+            rows_per_layer: the rows that each MoE layer's experts computed, ``load_E.sum()`` of its routing.
+        Fails: UserError where ``rows_per_layer`` does not name each MoE layer.
+        """
+        if len(rows_per_layer) != len(self.row):
+            raise UserError(f"There are {len(self.row)} MoE layers; rows_per_layer must have as many entries.")
+        routed = sum(rows * row for rows, row in zip(rows_per_layer, self.row))
+        return replace(self.token * num_tokens, routed=routed)
+
+    def step_flops(self, num_tokens: int, rows_per_layer: Sequence[int]) -> Flops:
+        """FLOPs of one training step, forward and backward; arguments as for ``forward_flops``."""
+        return self.forward_flops(num_tokens, rows_per_layer) * 3
+
+    @property
+    def per_token(self) -> Flops:
+        """FLOPs of training on one token whose K rows are all computed, for planning before any row is routed."""
+        return self.step_flops(1, self.top_k)
+
+
+def _product(module: nn.Module) -> int:
+    """FLOPs of multiplying one row with all weights of a module."""
+    return 2 * sum(weight.numel() for weight in module.parameters())
+
+
+@register_flop_formula(torch.ops.equipoise.grouped_linear, get_raw=True)
+def _grouped_linear_flops(x_NI: Tensor, weight_EOI: Tensor, end_E: Tensor, kernel: str, *, out_val: Tensor) -> int:
+    return 2 * int(end_E[-1]) * weight_EOI[0].numel()
+
+
+@register_flop_formula(torch.ops.equipoise.grouped_outer, get_raw=True)
+def _grouped_outer_flops(y_NO: Tensor, x_NI: Tensor, end_E: Tensor, kernel: str, *, out_val: Tensor) -> int:
+    return 2 * int(end_E[-1]) * out_val[0].numel()

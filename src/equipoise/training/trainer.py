@@ -1,0 +1,172 @@
+"""One run's state between two steps, and the step that moves it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from equipoise.balancing.attach import attach
+from equipoise.balancing.balanced import balanced_layers
+from equipoise.config import TrainConfig
+from equipoise.contracts import NonFiniteError, UserError
+from equipoise.models.decoder import Decoder, loss
+from equipoise.training.evaluation import Evaluation, evaluate
+from equipoise.training.flops import Ledger
+from equipoise.training.run import World, precision
+from equipoise.training.schedule import learning_rate
+from equipoise.training.text import Text
+
+
+class Trainer:
+    """A decoder in training.
+
+    Attributes:
+        done: steps so far.
+        flops: spent so far over all ranks, by the ledger, with the rows that experts really computed.
+        tokens: trained on so far.
+        seconds: spent in steps so far.
+        step_flops: what a step is expected to cost.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: World, text: Text):
+        self.config, self.ranks, self.text = config, ranks, text
+        torch.manual_seed(config.seed)
+        self.model = Decoder(config.model, text.tokenizer.vocab_size).to(ranks.device)
+        self.layers = balanced_layers(self.model)
+        self.parallel: Any = DistributedDataParallel(self.model) if ranks.size > 1 else self.model
+        self.optimizer = _optimizer(self.model, config)
+        self.handle = attach(self.model, self.optimizer) if self.layers else None
+        self.ledger = Ledger.of(self.model, config.data.seq_len)
+        self.step_tokens = config.optimizer.batch_size * config.data.seq_len
+        self.step_flops = self.ledger.per_token.total * self.step_tokens
+        self.done, self.flops, self.tokens, self.seconds = 0, 0, 0, 0.0
+        self._refuse_unevaluable()
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, 0 to 1."""
+        if self.config.steps is not None:
+            return self.done / self.config.steps
+        assert self.config.flops is not None
+        return self.flops / self.config.flops
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run; an estimate where the budget is in FLOPs and rows may be dropped."""
+        if self.config.steps is not None:
+            return self.config.steps
+        assert self.config.flops is not None
+        return max(1, self.done + round((self.config.flops - self.flops) / self.step_flops))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent, to the nearest whole step."""
+        return self.done >= self.steps
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step.
+
+        Returns:
+            loss (nats per token), max_vio (mean over layers), learning_rate, gradient_norm, seconds.
+        Fails: UserError for a loss, gradient or logit that is not finite; the weights are those before the step.
+        """
+        start = time.perf_counter()
+        rate = learning_rate(self.config.optimizer, (self.done + 1) / self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        micros = self.config.optimizer.grad_accumulation
+        step_loss = torch.stack([self._micro_batch(micro, micros) for micro in range(micros)]).sum()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+        value = self._mean_over_ranks(step_loss)
+        self._refuse_nonfinite(value, float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        self.tokens += self.step_tokens
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        return {
+            "loss": value,
+            "max_vio": self._max_vio(),
+            "learning_rate": rate,
+            "gradient_norm": float(norm),
+            "seconds": seconds,
+        }
+
+    def _micro_batch(self, micro: int, micros: int) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the step's loss."""
+        token_BS, _ = self.text.train.batch(self.done, micro, micros, self.ranks.rank, self.ranks.size)
+        token_BS = token_BS.to(self.ranks.device, non_blocking=True)
+        accumulates = self.ranks.size > 1 and micro < micros - 1
+        with self.parallel.no_sync() if accumulates else contextlib.nullcontext():
+            with precision(self.config, self.ranks.device), self._naming_layers():
+                micro_loss = loss(self.parallel(token_BS[:, :-1]), token_BS[:, 1:])
+            scaled = (micro_loss if self.handle is None else self.handle.follow(micro_loss)) / micros
+            scaled.backward()
+        rows = [int(layer.routing.load_E.sum()) for layer in self.layers.values() if layer.routing is not None]
+        self.flops += self._sum_over_ranks(self.ledger.step_flops(token_BS[:, 1:].numel(), rows).total)
+        return scaled.detach()
+
+    def evaluate(self) -> Evaluation:
+        """One pass over the validation text, on every rank alike."""
+        ranks, text = self.ranks, self.text
+        return evaluate(self.model, text.validation, text.domains, ranks.device, precision(self.config, ranks.device))
+
+    def _refuse_unevaluable(self) -> None:
+        """Say before the training, not after it, that a method will not be evaluated left to right."""
+        self.model.eval()
+        with torch.no_grad():
+            self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.ranks.device))
+        self.model.train()
+
+    def _refuse_nonfinite(self, value: float, norm: float) -> None:
+        for what, number in (("the loss", value), ("the gradient's norm", norm)):
+            if not abs(number) < float("inf"):
+                totals = {name: layer.logit_total for name, layer in self.layers.items()}
+                broken = [name for name, total in totals.items() if total is not None and not total.isfinite()]
+                where = f" (router logits of {', '.join(broken)})" if broken else ""
+                raise UserError(f"Step {self.done + 1}: {what} is {number}{where}; lower the learning rate.")
+
+    @contextlib.contextmanager
+    def _naming_layers(self):
+        try:
+            yield
+        except NonFiniteError as error:
+            name = next(name for name, layer in self.layers.items() if layer is error.layer)
+            raise UserError(f"Step {self.done + 1}, layer {name}: {error}") from error
+
+    def _max_vio(self) -> float:
+        """The step's MaxVio over all ranks, averaged over the layers."""
+        loads = [layer.window.last["demand_E"].double() for layer in self.layers.values()]
+        return sum(float(load_E.max() / load_E.mean()) - 1 for load_E in loads) / max(1, len(loads))
+
+    def _sum_over_ranks(self, value: int) -> int:
+        if self.ranks.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.int64, device=self.ranks.device)
+        dist.all_reduce(total)
+        return int(total)
+
+    def _mean_over_ranks(self, value: Tensor) -> float:
+        if self.ranks.size > 1:
+            value = value.double()
+            dist.all_reduce(value)
+            value = value / self.ranks.size
+        return float(value)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, norms do not."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.optimizer.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.optimizer.learning_rate, betas=config.optimizer.betas, fused=True)
