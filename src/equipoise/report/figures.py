@@ -180,7 +180,7 @@ def _range_from(curves: dict[str, Curve], start: float) -> dict[str, Any]:
     bounds = [value for value in bounds if math.isfinite(value)]
     if not bounds:
         return {}
-    margin = 0.06 * (max(bounds) - min(bounds))
+    margin = 0.06 * (max(bounds) - min(bounds)) or 0.01  # a single value still needs a height
     return {"range": rounded([min(bounds) - margin, max(bounds) + margin])}
 
 

@@ -114,11 +114,11 @@ def load(folder: Path, tensors: Tensors, allow_previous: bool = False, allow_ine
 
 
 def flatten(model: nn.Module, *optimizers: Optimizer) -> Tensors:
-    """The tensors of a model and its optimizers by name, not copied, so that ``load`` fills the model itself.
+    """The tensors of a model (no wrapper around it) and its optimizers, not copied, so that ``load`` fills them.
 
-    They are ``model.<name>`` for parameters and persistent buffers, tied ones once, and
-    ``optimizer.<name>.<state>``. Adam's and AdamW's state is made where it is missing; any other optimizer must have
-    taken a step. Learning rates and other settings of parameter groups are not among them.
+    They are called ``model.<name>``, parameters and persistent buffers, tied ones once, and ``optimizer.<name>.<state>``.
+    Adam's and AdamW's state is made where it is missing; other optimizers must have taken a step. Learning rates and
+    other settings of parameter groups are not among them.
 
     Fails: UserError if an optimizer has a parameter that the model does not have, or state that is not a tensor.
     """
@@ -281,9 +281,8 @@ def _on_first_rank(work: Callable[[], Result]) -> Result:
 
 def _over_ranks(layout: manifest.Layout) -> manifest.Layout:
     """What any rank has."""
-    every: list[Any] = [layout]
+    every = [layout] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        every = [None] * dist.get_world_size()
         dist.all_gather_object(every, layout)
     return {name: place for part in every for name, place in part.items()}
 
