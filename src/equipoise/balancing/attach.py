@@ -84,21 +84,20 @@ class Handle:
     def step(self) -> None:
         """Sum the windows over the ranks, update every part that learns, and open the next window."""
         self._stepped.clear()
-        windows = [layer.window for layer in self.layers.values()]
-        if self.world_size == 1 and not any(window.sums for window in windows):
-            return
-        sums = [layer.window.sums or layer.blank_statistics() for layer in self.layers.values()]
+        sums = {name: layer.window.sums for name, layer in self.layers.items()}
         if self.world_size > 1:
-            _all_reduce(sums, self.group)
-        for layer, total in zip(self.layers.values(), sums):
-            layer.commit(total)
+            sums = {name: seen or self.layers[name].blank_statistics() for name, seen in sums.items()}
+            _all_reduce(sums.values(), self.group)
+        for name, total in sums.items():
+            if total:
+                self.layers[name].commit(total)
         self.discard()
 
     def discard(self) -> None:
         """Forget what was counted since the last step."""
         self._stepped.clear()
         for layer in self.layers.values():
-            layer.window.sums = {}
+            layer.window.clear()
 
     def remove(self) -> None:
         """Undo ``attach``."""

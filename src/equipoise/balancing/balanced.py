@@ -98,7 +98,6 @@ class BalancedLayer(nn.Module):
             "demand_E": routing.demand_E(),
             "dropped": routing.dropped_E.sum(),
             "tokens": call.tokens(),
-            "calls": torch.ones((), dtype=torch.int64, device=routing.load_E.device),
         }
         for part, module in self._parts().items():
             if isinstance(module, Stateful):

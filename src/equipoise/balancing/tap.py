@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
+from equipoise.balancing.flat import pack
 from equipoise.balancing.window import Window
 from equipoise.contracts import Routing, UserError
 
@@ -23,7 +24,7 @@ _OPAQUE = (torch.Tag.cudagraph_unsafe,)  # a replayed CUDA graph would skip the 
 
 @torch.library.custom_op("equipoise::tap", mutates_args=(), tags=_OPAQUE)
 def _tap(
-    weight_N: Tensor, anchor: Tensor, losses: list[Tensor], statistics: list[Tensor], key: Tensor, names: str
+    weight_N: Tensor, anchor: Tensor, carrier: Tensor, count: Tensor, amount: Tensor, key: Tensor, layout: str
 ) -> tuple[Tensor, Tensor]:
     """A copy of the weights, and a ticket that is spent by the first backward through it."""
     return weight_N.clone(), torch.zeros((), dtype=torch.int64)
@@ -31,37 +32,37 @@ def _tap(
 
 @torch.library.custom_op("equipoise::tap_backward", mutates_args=(), tags=_OPAQUE)
 def _tap_backward(
-    grad_N: Tensor, losses: list[Tensor], statistics: list[Tensor], ticket: Tensor, key: Tensor, names: str
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The gradients of the weights, of the losses' carriers and of the anchor; the window is told on the way."""
+    grad_N: Tensor, carrier: Tensor, count: Tensor, amount: Tensor, ticket: Tensor, key: Tensor, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the weights, of the anchor and of the losses' carriers; the window is told on the way."""
+    anchor = torch.zeros(())
     if int(ticket):
-        return grad_N.clone(), [torch.zeros_like(carrier) for carrier in losses], torch.zeros(())
+        return grad_N.clone(), anchor, torch.zeros_like(carrier)
     ticket.fill_(1)  # not declared: to the compiler the ticket is an ordinary saved tensor, and only we look at it
-    loss_names, statistic_names = (part.split(",") if part else [] for part in names.split(";"))
     with torch.no_grad():
-        gradients = Window.of(key).record(dict(zip(loss_names, losses)), dict(zip(statistic_names, statistics)))
-    return grad_N.clone(), gradients, torch.zeros(())
+        gradient = Window.of(key).record(carrier, count, amount, layout)
+    return grad_N.clone(), anchor, gradient.clone() if gradient is carrier else gradient
 
 
 @_tap.register_fake
-def _(weight_N, anchor, losses, statistics, key, names):
+def _(weight_N, anchor, carrier, count, amount, key, layout):
     return torch.empty_like(weight_N), torch.empty((), dtype=torch.int64)
 
 
 @_tap_backward.register_fake
-def _(grad_N, losses, statistics, ticket, key, names):
-    return torch.empty_like(grad_N), [torch.empty_like(carrier) for carrier in losses], torch.empty(())
+def _(grad_N, carrier, count, amount, ticket, key, layout):
+    return torch.empty_like(grad_N), torch.empty(()), torch.empty_like(carrier)
 
 
 def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     # Attributes, not saved tensors: these few numbers must not pass through hooks that recompute or offload.
-    _, _, losses, ctx.statistics, ctx.key, ctx.names = inputs
-    ctx.losses, ctx.ticket = [carrier.detach() for carrier in losses], output[1]
+    _, _, carrier, ctx.count, ctx.amount, ctx.key, ctx.layout = inputs
+    ctx.carrier, ctx.ticket = carrier.detach(), output[1]
 
 
-def _backward(ctx: Any, grad_N: Tensor, _: Tensor | None) -> tuple:
-    grad_N, gradients, anchor = _tap_backward(grad_N, ctx.losses, ctx.statistics, ctx.ticket, ctx.key, ctx.names)
-    return grad_N, anchor, gradients, [None] * len(ctx.statistics), None, None
+def _backward(ctx: Any, grad_N: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    seen = _tap_backward(grad_N, ctx.carrier, ctx.count, ctx.amount, ctx.ticket, ctx.key, ctx.layout)
+    return *seen, None, None, None, None
 
 
 _tap.register_autograd(_backward, setup_context=_remember)
@@ -73,14 +74,15 @@ def tap(window: Window, routing: Routing, losses: dict[str, Tensor], statistics:
     Args:
         window: the layer's; told in the backward pass.
         losses: carriers by balancer name (see ``Balancer``).
-        statistics: additive tensors by name.
+        statistics: additive tensors by name, integers or floating-point numbers.
     Returns:
         The same routing with a fresh ``weight_N``.
     """
-    names = f"{','.join(losses)};{','.join(statistics)}"
-    weight_N, _ = _tap(
-        routing.weight_N, window.anchor, list(losses.values()), list(statistics.values()), window.key, names
-    )
+    counts = {name: value for name, value in statistics.items() if not value.is_floating_point()}
+    amounts = {name: value for name, value in statistics.items() if value.is_floating_point()}
+    packed = [pack(losses, routing.weight_N), pack(counts, routing.load_E), pack(amounts, routing.weight_N)]
+    (carrier, count, amount), layouts = zip(*packed)
+    weight_N, _ = _tap(routing.weight_N, window.anchor, carrier, count, amount, window.key, ";".join(layouts))
     return Routing(routing.token_N, routing.expert_N, weight_N, routing.load_E, routing.dropped_E)
 
 

@@ -6,12 +6,15 @@ import copy
 import itertools
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor, nn
+
+from equipoise.balancing.flat import names, unpack
 
 if TYPE_CHECKING:
     from equipoise.balancing.attach import Handle
@@ -29,7 +32,6 @@ class Window:
         learns: some part of the layer moves with these sums, so that training without ``attach`` is an error to tell.
 
     Attributes:
-        sums: by name, this rank's sums so far.
         last: by name, the sums of the last finished window over all ranks; empty before the first.
         handle: who closes the window; None before ``attach``.
         key: the window's number as a CPU tensor, for the tap.
@@ -39,7 +41,7 @@ class Window:
     def __init__(self, balancers: nn.ModuleDict, learns: bool):
         self.balancers: Any = balancers
         self.learns = learns
-        self.sums: dict[str, Tensor] = {}
+        self.clear()
         self.last: dict[str, Tensor] = {}
         self.handle: Handle | None = None
         self.warned = False
@@ -60,30 +62,51 @@ class Window:
         """The window of this number."""
         return _WINDOWS[int(key)]
 
-    def record(self, losses: dict[str, Tensor], statistics: dict[str, Tensor]) -> list[Tensor]:
-        """Add one micro-batch and return each loss carrier's gradient, at the scale the loop applies to its loss."""
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """By name, this rank's sums since the last step; empty where nothing was counted."""
+        if not self._flat:
+            return {}
+        losses, *layouts = self._layout.split(";")
+        values = [unpack(flat, layout) for flat, layout in zip(self._flat[1:], layouts)]
+        loss = {f"loss.{name}": value for name, value in zip(names(losses), self._flat[0])}
+        calls = {"calls": torch.tensor(self._calls, device=self._flat[1].device)}
+        return {**values[0], **values[1], **calls, **loss}
+
+    def clear(self) -> None:
+        """Forget what was counted since the last step."""
+        self._flat: list[Tensor] = []
+        self._layout, self._calls = "", 0
+
+    def record(self, carrier: Tensor, count: Tensor, amount: Tensor, layout: str) -> Tensor:
+        """Add one micro-batch and return the carriers' gradient, at the scale that the loop applies to its loss.
+
+        Args:
+            carrier: the loss carriers by balancer, flat (see ``flat.pack``).
+            count: the statistics of integers, flat.
+            amount: the statistics of floating-point numbers, flat.
+            layout: of the three, joined by ``";"``.
+        """
         if self.handle is None:
-            self.sums.clear()  # without a handle no window ever closes: each micro-batch is one
-        for name, value in statistics.items():
-            self._add(name, value)
-        scale = self._scale(bool(losses), statistics["tokens"])
-        counts = [self.balancers[name].needs_all_ranks for name in losses]
-        demand_E = self._demand_over_ranks() if any(counts) else statistics["demand_E"]
-        gradients = []
-        for name, carrier in losses.items():
-            balancer = self.balancers[name]
-            slope = balancer.slope(carrier, demand_E)
-            self._add(f"loss.{name}", (slope * carrier).sum())
-            gradients.append((slope * (scale * balancer.weight)).to(carrier.dtype))
-        return gradients
+            self.clear()  # without a handle no window ever closes: each micro-batch is one
+        losses, counts, _ = layout.split(";")
+        carriers = unpack(carrier, losses)
+        now = unpack(count, counts)
+        before = unpack(self._flat[1], counts)["demand_E"] if self._flat else 0
+        demand_E = self._over_ranks(now["demand_E"] + before, carriers)
+        scale = self._scale(bool(carriers), now["tokens"])
+        slopes = {name: self.balancers[name].slope(value, demand_E) for name, value in carriers.items()}
+        values = [(slopes[name] * value).sum() for name, value in carriers.items()]
+        flat = [torch.stack(values) if values else carrier, count, amount]
+        self._flat = [a + b for a, b in zip(self._flat, flat)] if self._flat else flat
+        self._layout, self._calls = layout, self._calls + 1
+        gradients = [slopes[name] * (scale * self.balancers[name].weight) for name in carriers]
+        return torch.cat([gradient.reshape(-1) for gradient in gradients]).to(carrier.dtype) if gradients else carrier
 
-    def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().clone()
-
-    def _demand_over_ranks(self) -> Int[Tensor, " E"]:
-        demand_E = self.sums["demand_E"]
-        if self.handle is not None and self.handle.world_size > 1:
-            demand_E = demand_E.clone()
+    def _over_ranks(self, demand_E: Int[Tensor, " E"], carriers: Iterable[str]) -> Int[Tensor, " E"]:
+        """The window's demand over all ranks where a loss needs it, else as it is."""
+        needed = any(self.balancers[name].needs_all_ranks for name in carriers)
+        if needed and self.handle is not None and self.handle.world_size > 1:
             dist.all_reduce(demand_E, group=self.handle.group)
         return demand_E
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equipoise.contracts import Routing
 from equipoise.kernels.chooser import choose
-from equipoise.kernels.grouped_linear import grouped_linear
+from equipoise.kernels.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
         dim: D, width of the model.
         hidden_dim: F, hidden width of one expert.
         num_experts: E.
-        kernel: ``"auto"`` or a key of ``equipoise.kernels.grouped_linear.KERNELS``.
+        kernel: ``"auto"`` or a key of ``equipoise.kernels.KERNELS``.
 
     Attributes:
         gate_up: ``[E, 2F, D]``, the gate's rows first (the layout of transformers' ``gate_up_proj``).
@@ -43,12 +43,7 @@ class SwiGLU(nn.Module):
             dtype = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, gate_up, down = x_TD.to(dtype), gate_up.to(dtype), down.to(dtype)
         self.kernel_used = kernel = choose(self.kernel, x_TD.dtype, (*gate_up.shape[1:], down.shape[2]))
-        end_E = routing.load_E.cumsum(0)
-        hidden_NG = grouped_linear(x_TD.index_select(0, routing.token_N), gate_up, end_E, kernel)
-        gate_NF, up_NF = hidden_NG.chunk(2, dim=-1)
-        y_ND = grouped_linear(F.silu(gate_NF) * up_NF, down, end_E, kernel)
-        y_ND = y_ND * routing.weight_N.to(y_ND.dtype)[:, None]
-        return torch.zeros_like(x_TD).index_add(0, routing.token_N, y_ND)
+        return swiglu(x_TD, routing.token_N, routing.weight_N, gate_up, down, routing.load_E.cumsum(0), kernel)[0]
 
 
 class DenseSwiGLU(nn.Module):

@@ -3,8 +3,7 @@
 import torch
 
 from equipoise.contracts import UserError
-from equipoise.kernels import grouped_mm
-from equipoise.kernels.grouped_linear import KERNELS
+from equipoise.kernels import KERNELS, grouped_mm
 
 
 def choose(kernel: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:

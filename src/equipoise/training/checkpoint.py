@@ -116,7 +116,7 @@ def load(folder: Path, tensors: Tensors, allow_previous: bool = False, allow_ine
 def flatten(model: nn.Module, *optimizers: Optimizer) -> Tensors:
     """The tensors of a model (no wrapper around it) and its optimizers, not copied, so that ``load`` fills them.
 
-    They are called ``model.<name>``, parameters and persistent buffers, tied ones once, and ``optimizer.<name>.<state>``.
+    They are ``model.<name>``, parameters and persistent buffers, tied ones once, and ``optimizer.<name>.<state>``.
     Adam's and AdamW's state is made where it is missing; other optimizers must have taken a step. Learning rates and
     other settings of parameter groups are not among them.
 

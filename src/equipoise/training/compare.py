@@ -193,7 +193,7 @@ def _run(config: TrainConfig) -> dict[str, Any]:
 def _results(config: CompareConfig, budget: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     text = runs[0]["text"]
     results: dict[str, Any] = {
-        "environment": environment(),
+        "environment": environment() | ({"threads": config.threads} if config.threads else {}),
         "settings": to_dict(config),
         "budget": budget,
         "data": {"source": config.data.source, **text},

@@ -12,6 +12,7 @@ Importing this module also teaches torch's counter our two operators, by the row
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +101,14 @@ def _product(module: nn.Module) -> int:
     return 2 * sum(weight.numel() for weight in module.parameters())
 
 
-@register_flop_formula(torch.ops.equipoise.grouped_linear, get_raw=True)
-def _grouped_linear_flops(x_NI: Tensor, weight_EOI: Tensor, end_E: Tensor, kernel: str, *, out_val: Tensor) -> int:
-    return 2 * int(end_E[-1]) * weight_EOI[0].numel()
+@register_flop_formula(torch.ops.equipoise.swiglu, get_raw=True)
+def _swiglu_flops(
+    x_TD: Tensor, token_N: Tensor, weight_N: Tensor, gate_up: Tensor, down: Tensor, end_E: Tensor, kernel: str, **_: Any
+) -> int:
+    return 2 * int(end_E[-1]) * (gate_up[0].numel() + down[0].numel())
 
 
-@register_flop_formula(torch.ops.equipoise.grouped_outer, get_raw=True)
-def _grouped_outer_flops(y_NO: Tensor, x_NI: Tensor, end_E: Tensor, kernel: str, *, out_val: Tensor) -> int:
-    return 2 * int(end_E[-1]) * out_val[0].numel()
+@register_flop_formula(torch.ops.equipoise.swiglu_backward, get_raw=True)
+def _swiglu_backward_flops(grad_TD: Tensor, saved: list[Tensor], *rest: Any, **_: Any) -> int:
+    _, _, gate_up, down, end_E, _, needs_weights = rest
+    return 2 * int(end_E[-1]) * (gate_up[0].numel() + down[0].numel()) * (2 if needs_weights else 1)

@@ -148,6 +148,8 @@ class Run:
             return
         tensors = checkpoint.flatten(trainer.model, trainer.optimizer) | checkpoint.rng_tensors(trainer.ranks.device)
         loaded = checkpoint.load(folder, tensors, self.config.allow_previous, self.config.allow_inexact)
+        for path, reason in loaded.skipped:
+            print(f"equipoise: passed over {path.name}: {reason}", file=sys.stderr)
         refuse_inexact(loaded.state["fingerprint"], self.fingerprint, self.config.allow_inexact)
         checkpoint.restore_rng(tensors)
         trainer.done = loaded.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from equipoise.balancing.load_stats import LoadStats
 from equipoise.contracts import UserError
+from equipoise.training.run import write
 
 FILE = "metrics.jsonl"
 
@@ -25,8 +27,7 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, tensorboard: bool):
         path = folder / FILE
-        kept = [record for record in read(folder) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write(path, "".join(json.dumps(record) + "\n" for record in read(folder) if record["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer(folder / "tensorboard", step) if tensorboard else None
 
@@ -45,10 +46,12 @@ class Metrics:
                 self._board.add_scalar(f"{name}/{layer}", values[name], record["step"])
             for name, value in values["loss"].items():
                 self._board.add_scalar(f"{name}/{layer}", value, record["step"])
+        self._board.flush()  # else a killed run takes the last two minutes with it
 
     def close(self) -> None:
-        """Write out what is pending."""
-        self._file.close()
+        """Let go of the files, to which every record has been written."""
+        with contextlib.suppress(OSError):  # what cannot be written now has failed in ``write`` before
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import platform
 import signal
@@ -12,18 +13,20 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 
-from equipoise.config import TrainConfig, dump, load, to_dict
+from equipoise.config import RunConfig, TrainConfig, dump, load, to_dict
 from equipoise.contracts import UserError
 
 CONFIG_FILE = "config.toml"
 RESULT_FILE = "result.json"
+CHECKPOINTS = "checkpoints"
+RUNS = "runs"  # in the folder of a comparison
 
-# What may differ when a folder is taken up again: it decides neither the model nor the numbers of the run.
+# What may differ when a run is taken up again: it decides neither the model nor the numbers.
 FREE = {
     "log_every",
     "checkpoint_every",
@@ -67,23 +70,31 @@ class World:
 @contextlib.contextmanager
 def world(config: TrainConfig) -> Iterator[World]:
     """Join torchrun's ranks where there are some. Fails: UserError for CUDA that is not there."""
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise UserError("device='cuda', but torch finds no CUDA device; use device='cpu' or 'auto'.")
-    kind = "cuda" if cuda and config.device != "cpu" else "cpu"
+    device = choose_device(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL puts what it sends
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     if size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size, device)
+        dist.barrier()  # a rank that leaves early aborts the others' gloo threads
     finally:
         dist.destroy_process_group()
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """Where this process trains. Fails: UserError for CUDA that is not there."""
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise UserError("device='cuda', but torch finds no CUDA device; use device='cpu' or 'auto'.")
+    if cuda and config.device != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager:
@@ -91,8 +102,8 @@ def precision(config: TrainConfig, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
 
 
-def fingerprint(config: TrainConfig, ranks: World) -> dict[str, Any]:
-    """What must be equal for a resumed run to continue bit for bit."""
+def fingerprint(config: TrainConfig, ranks: World, text: str) -> dict[str, Any]:
+    """What must be equal for a resumed run to continue bit for bit; ``text`` is the digest of the text."""
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu",
@@ -100,6 +111,7 @@ def fingerprint(config: TrainConfig, ranks: World) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks": ranks.size,
         "dtype": config.dtype,
+        "text": text,
     }
 
 
@@ -114,34 +126,66 @@ def refuse_inexact(saved: dict[str, Any], here: dict[str, Any], allowed: bool) -
 
 
 @contextlib.contextmanager
-def claim(folder: Path, config: TrainConfig) -> Iterator[None]:
-    """Hold a result folder: write the configuration, or find the same one there.
+def claim(folder: Path, config: RunConfig, free: set[str]) -> Iterator[bool]:
+    """Hold a result folder, and write the configuration into it. Yields whether the folder held the same one before.
 
-    Fails: UserError where the folder holds another configuration, or another process trains in it.
+    A start that came to nothing, because of a wrong setting or text, keeps nobody from another configuration.
+
+    Args:
+        free: dotted keys that may differ from the configuration that the folder holds.
+    Fails: UserError where the folder holds results of another configuration, where another process works in it, or
+        where something, here or within the ``with``, cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"Another process is training in {folder}; wait for it, or choose another --out."
-            ) from error
-        _write_or_compare(folder, config)
-        yield
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            _lock(lock, folder)
+            resumes = _resumes(folder, config, free)
+            write(folder / CONFIG_FILE, dump(config))
+            yield resumes
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {error.filename or f'to {folder}'} ({error.strerror}); make room or choose another --out: "
+            "what was saved before is kept."
+        ) from error
 
 
-def _write_or_compare(folder: Path, config: TrainConfig) -> None:
+def _lock(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"Another process is working in {folder}; wait for it, or choose another --out.") from error
+
+
+def _resumes(folder: Path, config: RunConfig, free: set[str]) -> bool:
     path = folder / CONFIG_FILE
-    if path.exists():
-        differing = sorted(differences(to_dict(load(TrainConfig, path)), to_dict(config)) - FREE)
-        if differing:
-            raise UserError(
-                f"{folder} holds a run with another configuration ({', '.join(differing)}); choose another --out, or "
-                "remove the folder."
-            )
-        return
-    path.write_text(dump(config), encoding="utf-8")
+    if not path.exists():
+        return False
+    differing = sorted(differences(to_dict(load(type(config), path)), to_dict(config)) - free)
+    if differing and _holds_results(folder):
+        raise UserError(
+            f"{folder} holds results of another configuration ({', '.join(differing)}); choose another --out, or "
+            "remove the folder."
+        )
+    return not differing
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether a run or a comparison has come to anything that can be taken up again."""
+    results = (RESULT_FILE, f"{CHECKPOINTS}/step-*")
+    return any(any(folder.glob(f"{start}{name}")) for start in ("", f"{RUNS}/*/") for name in results)
+
+
+def write(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader finds the whole file or none."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; as ``write``."""
+    write(path, json.dumps(value, indent=1, allow_nan=False))
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> set[str]:
