@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -144,11 +147,12 @@ def _run(command: str, words: list[str]) -> int:
     from equipoise.training.run import Interrupted
 
     kind, function, summary, example = COMMANDS[command]
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = argparse.ArgumentParser(f"equipoise {command}", add_help=False, allow_abbrev=False)
     common.add_argument("--json", action="store_true")
-    common.add_argument("--config", default=None)
-    known, rest = common.parse_known_args(words)
+    common.add_argument("--config")
     try:
+        known, rest = common.parse_known_args(words)
+        _refuse_unknown_flags(command, rest)
         given = {"default": load(kind, known.config)} if known.config else {}
         about = (
             f"{summary} --json prints the result as JSON; --config FILE reads settings from TOML, which flags override."
@@ -168,9 +172,32 @@ def _run(command: str, words: list[str]) -> int:
     except Interrupted as stop:
         print(f"equipoise: {stop}", file=sys.stderr)
         return 128 + stop.signal
+    except KeyboardInterrupt:
+        print("equipoise: Stopped by SIGINT.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except SystemExit as stop:  # tyro's own, after --help or an unknown flag
         return stop.code if isinstance(stop.code, int) else MISUSE
     return DONE
+
+
+def _refuse_unknown_flags(command: str, words: list[str]) -> None:
+    """Fails: UserError that names the nearest flag."""
+    flags = ["--help", "--json", "--config", *_flags(COMMANDS[command][0])]
+    for flag in (word.partition("=")[0].replace("_", "-") for word in words if re.match("--[a-z]", word)):
+        if flag not in flags and flag.replace("--no-", "--") not in flags:
+            near = difflib.get_close_matches(flag, flags, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"equipoise {command} --help lists them."
+            raise UserError(f"Unknown option {flag}; {hint}")
+
+
+def _flags(kind: type) -> Iterator[str]:
+    """The flags of a configuration, as tyro names them."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if is_dataclass(hint):
+            yield from _flags(hint)  # type: ignore
+        else:
+            renamed = [note.name for note in getattr(hint, "__metadata__", ()) if getattr(note, "name", None)]
+            yield f"--{renamed[0] if renamed else name}".replace("_", "-")
 
 
 def _overview() -> str:

@@ -18,8 +18,8 @@ class BalanceLoss(Balancer):
             micro-batches so far on all ranks, so that f is exact at the last micro-batch and a running estimate before.
         weight: of the loss.
 
-    Source: ``micro``: Switch (2101.03961), eq. 4 to 6. ``global``: Qiu et al. 2025 (2501.11873), eq. 3 and its buffer
-    variant. Differs: f has the factor 1/K, so that balance reads 1 for any K; no further deviation.
+    Source: ``micro``: Switch (2101.03961), eq. 4 to 6. ``global``: Qiu et al. 2025 (2501.11873), with its buffer over
+    micro-batches. Differs: f has the factor 1/K, so that balance reads 1 for any K; no further deviation.
     """
 
     def __init__(self, num_experts: int, *, scope: str = "global", weight: float = 1e-2):

@@ -24,7 +24,7 @@ class ExpertChoice(nn.Module):
         evaluation: what evaluation does. ``"refuse"`` raises; ``"top_k"`` routes every token by itself on the same
             scores; ``"as_trained"`` lets experts choose, right only for models that see the whole sequence anyway.
 
-    Source: Zhou et al. 2022 (2202.09368), section 3.1, pooled over the call. Differs: no, with ``renormalize=False``.
+    Source: Zhou et al. 2022 (2202.09368), section 3.2, pooled over the call. Differs: no, with ``renormalize=False``.
     """
 
     causal = False

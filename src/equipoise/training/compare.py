@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from equipoise.config import CompareConfig, RunConfig, TrainConfig, load, save, to_dict
+from equipoise.config import CompareConfig, RunConfig, TrainConfig, dump, to_dict
 from equipoise.contracts import UserError
 from equipoise.methods import find, parts_of
 from equipoise.models.decoder import Decoder
@@ -21,10 +23,20 @@ from equipoise.report.page import write_page
 from equipoise.report.results import power
 from equipoise.training.environment import environment
 from equipoise.training.flops import Ledger
-from equipoise.training.loop import write_json
 from equipoise.training.metrics import read
-from equipoise.training.run import CONFIG_FILE, RESULT_FILE, Interrupted, differences, signals
+from equipoise.training.run import (
+    RESULT_FILE,
+    RUNS,
+    Interrupted,
+    choose_device,
+    claim,
+    signals,
+    wait_for,
+    write,
+    write_json,
+)
 from equipoise.training.schedule import bias_rate
+from equipoise.training.text import Text, read_text
 
 BUDGET_FILE = "budget.json"
 RESULTS_FILE = "results.json"
@@ -32,6 +44,7 @@ REPORT_FILE = "report.html"
 CALIBRATION_STEPS = 25
 VALIDATIONS = 5  # per run, for the curve
 RESERVE = 0.92  # of the minutes; the rest is for runs that are slower than the one that calibrated
+FREE = {"methods", "seeds", "baseline", "out"}  # finished runs stay, new ones join
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -45,19 +58,31 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Fails: UserError for whatever the user can mend; Interrupted after SIGINT or SIGTERM, when the run's state is saved.
     """
     config.check()
+    device = choose_device(config)
+    text = read_text(config.data, config.optimizer, seed=0)
+    _refuse_unbuildable(config, text)
     folder = Path(config.out)
-    _settings(config)
-    _claim(folder, config)
-    budget = _budget(folder, config)
-    runs = [
-        _run(_train_config(config, method, budget, seed)) | {"notes": _notes(method)}
-        for seed in range(config.seeds)
-        for method in config.methods
-    ]
-    results = _results(config, budget, runs)
-    write_json(folder / RESULTS_FILE, results)
-    write_page(results, folder / REPORT_FILE)
+    with claim(folder, config, FREE) as resumes:
+        if not resumes:
+            (folder / BUDGET_FILE).unlink(missing_ok=True)
+        budget = _budget(folder, config, text)
+        steps = max(1, round(budget["flops"] / _step_flops(config, text)))
+        runs = [
+            _run(_train_config(config, method, budget, steps, seed), text) | {"notes": _notes(method)}
+            for seed in range(config.seeds)
+            for method in config.methods
+        ]
+        results = _results(config, budget, runs, environment(device, config.threads))
+        write_json(folder / RESULTS_FILE, results)
+        write_page(results, folder / REPORT_FILE)
     return results
+
+
+def _refuse_unbuildable(config: CompareConfig, text: Text) -> None:
+    """Say what is wrong with any method's settings before the first run. Fails: UserError."""
+    with torch.device("meta"):
+        for method in config.methods:
+            Decoder(_base(config, method, seed=0, out=config.out).model, text.tokenizer.vocab_size)
 
 
 def _settings(config: CompareConfig) -> dict[str, tuple[str, ...]]:
@@ -72,23 +97,7 @@ def _settings(config: CompareConfig) -> dict[str, tuple[str, ...]]:
     return fitting
 
 
-def _claim(folder: Path, config: CompareConfig) -> None:
-    """Take the result folder. Fails: UserError where it holds another comparison."""
-    path = folder / CONFIG_FILE
-    if path.exists():
-        # Methods and seeds may be added: finished runs stay, new ones join.
-        free = {"methods", "seeds", "baseline", "out"}
-        differing = sorted(differences(to_dict(load(CompareConfig, path)), to_dict(config)) - free)
-        if differing:
-            raise UserError(
-                f"{folder} holds a comparison with another configuration ({', '.join(differing)}); choose another "
-                "--out, or remove the folder."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    save(config, path)
-
-
-def _budget(folder: Path, config: CompareConfig) -> dict[str, Any]:
+def _budget(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any]:
     """FLOPs per run: as given, or once measured so that the whole comparison takes the given minutes."""
     path = folder / BUDGET_FILE
     if path.exists():
@@ -96,30 +105,32 @@ def _budget(folder: Path, config: CompareConfig) -> dict[str, Any]:
     if config.flops is not None:
         budget = {"flops": config.flops, "minutes": None, "flops_per_second": None}
     else:
-        budget = _calibrate(folder, config)
+        budget = _calibrate(folder / "calibration", config, text)
     write_json(path, budget)
     return budget
 
 
-def _calibrate(folder: Path, config: CompareConfig) -> dict[str, Any]:
+def _calibrate(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any]:
     """Measure one short run of the baseline: its speed, and what a run costs beside its steps."""
     assert config.minutes is not None
+    wait_for(folder)
+    shutil.rmtree(folder)  # a measurement that was cut short cannot be resumed
     start = time.perf_counter()
-    probe = _base(config, config.baseline, seed=0, out=str(folder / "calibration"))
+    probe = _base(config, config.baseline, seed=0, out=str(folder))
     every = CALIBRATION_STEPS // VALIDATIONS
-    done = _run(replace(probe, steps=CALIBRATION_STEPS, flops=None, log_every=every, validate_every=every))
+    done = _run(replace(probe, steps=CALIBRATION_STEPS, flops=None, log_every=every, validate_every=every), text)
     wall = time.perf_counter() - start
     beside = wall - done["tokens"] / done["tokens_per_second"]
     # The first steps warm up allocators and caches, so the speed is that of the last log interval.
-    *_, last = read(folder / "calibration")
+    *_, last = read(folder)
     per_second = done["flops"] / done["tokens"] * last["tokens_per_second"]
     runs = len(config.methods) * config.seeds
     flops = ((config.minutes * 60 * RESERVE - wall) / runs - beside) * per_second
     if flops < done["flops"]:
-        least = (runs * (beside + done["flops"] / per_second) + wall) / 60 / RESERVE
+        least = math.ceil((runs * (beside + done["flops"] / per_second) + wall) / 6 / RESERVE) / 10
         raise UserError(
-            f"{config.minutes:g} minutes are too few for {runs} runs on this machine; give at least {least:.1f}, or "
-            "fewer methods."
+            f"{config.minutes:g} minutes are too few for {runs} runs on this machine; give at least {least}, or fewer "
+            "methods."
         )
     return {"flops": float(f"{flops:.3g}"), "minutes": config.minutes, "flops_per_second": per_second}
 
@@ -135,10 +146,9 @@ def _base(config: CompareConfig, method: str, seed: int, out: str) -> TrainConfi
     return TrainConfig(**(shared | {"model": model, "seed": seed, "out": out, "tensorboard": False}))
 
 
-def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], seed: int) -> TrainConfig:
+def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], steps: int, seed: int) -> TrainConfig:
     """The run of one method and seed, with what scales to its length."""
-    run = _base(config, method, seed, out=str(Path(config.out) / "runs" / f"{method}-seed{seed}"))
-    steps = max(1, round(budget["flops"] / _step_flops(config)))
+    run = _base(config, method, seed, out=str(Path(config.out) / RUNS / f"{method}-seed{seed}"))
     items = run.model.set
     if "bias" in parts_of(find(method)) and not any(item.startswith("bias.rate=") for item in items):
         items += (f"bias.rate={bias_rate(steps):.2g}",)
@@ -153,24 +163,30 @@ def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], se
     )
 
 
-def _step_flops(config: CompareConfig) -> float:
+def _step_flops(config: CompareConfig, text: Text) -> float:
     """What one step costs, whatever the method."""
-    name = config.data.tokenizer
-    vocab_size = 256 if name == "bytes" else int(name.partition(":")[2])
     with torch.device("meta"):
-        model = Decoder(replace(config.model, method="unbalanced", set=()), vocab_size)
+        model = Decoder(replace(config.model, method="unbalanced", set=()), text.tokenizer.vocab_size)
     seq_len = config.data.seq_len
     return Ledger.of(model, seq_len).per_token.total * config.optimizer.batch_size * seq_len
 
 
-def _run(config: TrainConfig) -> dict[str, Any]:
-    """Train in a process of its own and return its result; a signal to us is passed on, so that it saves its state."""
+def _run(config: TrainConfig, text: Text) -> dict[str, Any]:
+    """The result of a run, trained now if it is not there. Fails: UserError where it was trained on another text."""
     folder = Path(config.out)
-    if (folder / RESULT_FILE).exists():
-        return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.parent / f"{folder.name}.toml"
-    save(config, path)
+    wait_for(folder)
+    if not (folder / RESULT_FILE).exists():
+        _train(config, folder)
+    result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    if result["text"]["digest"] != text.digest:
+        raise UserError(f"The text has changed since {folder} was trained; choose another --out, or remove the folder.")
+    return result
+
+
+def _train(config: TrainConfig, folder: Path) -> None:
+    """Train in a process of its own; a signal to us is passed on, so that it saves its state."""
+    path = folder.with_name(f"{folder.name}.toml")
+    write(path, dump(config))
     command = [sys.executable, "-m", "equipoise", "train", "--config", str(path)]
     with signals() as received:
         # A process group of its own: Ctrl-C reaches us alone, and we pass it on once.
@@ -187,13 +203,14 @@ def _run(config: TrainConfig) -> dict[str, Any]:
             f"The run of {config.model.method}, seed {config.seed}, stopped with exit code {process.returncode} (its "
             "message is above); finished runs are kept, and the same command goes on from here."
         )
-    return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
 
 
-def _results(config: CompareConfig, budget: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _results(
+    config: CompareConfig, budget: dict[str, Any], runs: list[dict[str, Any]], where: dict[str, Any]
+) -> dict[str, Any]:
     text = runs[0]["text"]
     results: dict[str, Any] = {
-        "environment": environment() | ({"threads": config.threads} if config.threads else {}),
+        "environment": where,
         "settings": to_dict(config),
         "budget": budget,
         "data": {"source": config.data.source, **text},

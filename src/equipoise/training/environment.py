@@ -13,15 +13,21 @@ import torch
 import equipoise
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine, date, and the commit where the package runs from a checkout."""
+def environment(device: torch.device | None = None, threads: int | None = None) -> dict[str, Any]:
+    """Versions, machine, date, and the commit where the package runs from a checkout.
+
+    Args:
+        device: that computed; None for a GPU where there is one.
+        threads: CPU threads that computed; None for this process's own number.
+    """
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
         "equipoise": equipoise.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "platform": platform.platform(),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),

@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import sys
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from equipoise.training import checkpoint
 from equipoise.training.metrics import Metrics, read
 from equipoise.training.progress import Progress
 from equipoise.training.run import (
+    CHECKPOINTS,
+    FREE,
     RESULT_FILE,
     Interrupted,
     agreed_stop,
@@ -28,11 +30,11 @@ from equipoise.training.run import (
     refuse_inexact,
     signals,
     world,
+    write_json,
 )
 from equipoise.training.text import read_text
 from equipoise.training.trainer import Trainer
 
-CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -48,17 +50,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with torch.device("meta"):
         Decoder(config.model, vocab_size=256)  # says what is wrong with method and settings before anything is read
     folder = Path(config.out)
-    with world(config) as ranks, signals() as received, claim(folder, config) if ranks.leads else nullcontext():
+    with world(config) as ranks, signals() as received, claim(folder, config, FREE) if ranks.leads else nullcontext():
         if (folder / RESULT_FILE).exists():
             return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        run = Run(Trainer(config, ranks, read_text(config.data, config.optimizer, config.seed)))
-        with Progress(run.trainer, shown=ranks.leads) as progress:
-            while not run.trainer.finished:
-                progress.show(run.step())
-                if stop := agreed_stop(received, ranks):
-                    run.save()
-                    raise Interrupted(stop, folder)
-        return run.finish()
+        trainer = Trainer(config, ranks, read_text(config.data, config.optimizer, config.seed))
+        with closing(Run(trainer)) as run:
+            with Progress(trainer, shown=ranks.leads) as progress:
+                while not trainer.finished:
+                    progress.show(run.step())
+                    if stop := agreed_stop(received, ranks):
+                        run.save()
+                        raise Interrupted(stop, folder)
+            return run.finish()
 
 
 class Run:
@@ -67,7 +70,7 @@ class Run:
     def __init__(self, trainer: Trainer):
         self.trainer, self.config, self.leads = trainer, trainer.config, trainer.ranks.leads
         self.folder = Path(self.config.out)
-        self.fingerprint = fingerprint(self.config, trainer.ranks)
+        self.fingerprint = fingerprint(self.config, trainer.ranks, trainer.text.digest)
         self.validation: list[dict[str, Any]] = []
         self.interval: dict[str, float] = {"loss": 0.0, "max_vio": 0.0, "seconds": 0.0, "steps": 0}
         self._resume()
@@ -129,6 +132,7 @@ class Run:
             "text": {
                 "tokenizer": self.config.data.tokenizer,
                 "vocab_size": trainer.text.tokenizer.vocab_size,
+                "digest": trainer.text.digest,
                 "domains": trainer.text.tokens,
             },
             "per_layer": per_layer,
@@ -138,9 +142,12 @@ class Run:
         if self.leads:
             checkpoint.export_weights(trainer.model, self.folder / WEIGHTS_FILE)
             write_json(self.folder / RESULT_FILE, result)
+        return result
+
+    def close(self) -> None:
+        """Let go of the files."""
         if self.metrics is not None:
             self.metrics.close()
-        return result
 
     def _resume(self) -> None:
         trainer, folder = self.trainer, self.folder / CHECKPOINTS
@@ -187,13 +194,6 @@ class Run:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.trainer.done % every == 0
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename, so that a reader finds the whole file or none."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)
 
 
 def _mean(records: list[dict[str, Any]], key: str) -> float:

@@ -36,8 +36,12 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._bar.stop()
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is None or self._bar.console.is_terminal:
+            self._bar.stop()
+        else:  # only the last state would be drawn; the sentence that names the failure shall stand alone
+            self._bar.live.transient = True
+            self._bar.live.stop()
 
     def show(self, values: dict[str, float]) -> None:
         """Move on to the trainer's step; ``values`` are those of ``Trainer.step``."""

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from equipoise.config import RunConfig, TrainConfig, dump, load, to_dict
 from equipoise.contracts import UserError
@@ -148,6 +149,13 @@ def claim(folder: Path, config: RunConfig, free: set[str]) -> Iterator[bool]:
             f"Cannot write {error.filename or f'to {folder}'} ({error.strerror}); make room or choose another --out: "
             "what was saved before is kept."
         ) from error
+
+
+def wait_for(folder: Path) -> None:
+    """Wait until nobody works in a folder: a comparison that was killed leaves a run behind, which goes on alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock, Console(stderr=True).status(f"Waiting for the run in {folder}"):
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _lock(lock: IO[str], folder: Path) -> None:

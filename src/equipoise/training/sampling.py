@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -30,7 +29,8 @@ def load_run(folder: Path) -> tuple[Decoder, Tokenizer]:
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{weights} does not hold this model's weights ({error}); train it again.") from error
+        reason = str(error).partition("\n")[0].rstrip(":. ")
+        raise UserError(f"{weights} does not hold this model's weights ({reason}); train it again.") from error
     return model.eval(), encoder
 
 
@@ -39,15 +39,19 @@ def continue_text(
 ) -> Iterator[str]:
     """Continue a prompt piece by piece; a character whose bytes are not complete yet waits for them.
 
-    Fails: UserError as in ``load_run`` and ``generate``.
+    Fails: UserError as in ``load_run`` and ``generate``, before the first piece.
     """
     model, encoder = load_run(folder)
+    prompt_ids = [tokenizer.SEPARATOR, *encoder.encode(prompt).tolist()]
+    return _pieces(encoder, generate(model, prompt_ids, num_tokens, temperature, top_p, seed))
+
+
+def _pieces(encoder: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of tokens, in pieces."""
     ids: list[int] = []
     shown = ""
-    prompt_ids = [tokenizer.SEPARATOR, *encoder.encode(prompt).tolist()]
-    with torch.inference_mode():
-        for token in generate(model, prompt_ids, num_tokens, temperature, top_p, seed):
-            ids.append(token)
-            text = encoder.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
-            yield text[len(shown) :]
-            shown = text
+    for token in tokens:
+        ids.append(token)
+        text = encoder.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+        yield text[len(shown) :]
+        shown = text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ class Text:
         validation: the same batches every time.
         domains: their names, in the order of the batches' domain numbers.
         tokens: training and validation tokens by domain; empty for a stream, whose length nobody knows.
+        digest: of the tokens and their domains, those of validation alone for a stream.
     """
 
     tokenizer: Tokenizer
@@ -30,6 +32,7 @@ class Text:
     validation: list[Batch]
     domains: tuple[str, ...]
     tokens: dict[str, dict[str, int]]
+    digest: str
 
     def state(self) -> dict[str, Any]:
         """The position, where it does not follow from the step."""
@@ -62,6 +65,7 @@ def read_text(data: DataConfig, optimizer: OptimizerConfig, seed: int) -> Text:
             name: {"train_tokens": _count(train_set, index), "validation_tokens": _count(validation_set, index)}
             for index, name in enumerate(domains)
         },
+        _digest(train_set, validation_set),
     )
 
 
@@ -78,7 +82,16 @@ def _stream(data: DataConfig, optimizer: OptimizerConfig) -> Text:
         validation_batches(validation_set, optimizer.batch_size, data.seq_len, data.validation_tokens),
         domains,
         {},
+        _digest(validation_set),
     )
+
+
+def _digest(*parts: TokenSet) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.token_M.tobytes())
+        digest.update(part.domain_M.tobytes())
+    return digest.hexdigest()
 
 
 def _count(tokens: TokenSet, domain: int) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +24,8 @@ from equipoise.training.flops import Ledger
 from equipoise.training.run import World, precision
 from equipoise.training.schedule import learning_rate
 from equipoise.training.text import Text
+
+LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 class Trainer:
@@ -49,14 +54,6 @@ class Trainer:
         self._refuse_unevaluable()
 
     @property
-    def progress(self) -> float:
-        """The share of the budget that is spent, 0 to 1."""
-        if self.config.steps is not None:
-            return self.done / self.config.steps
-        assert self.config.flops is not None
-        return self.flops / self.config.flops
-
-    @property
     def steps(self) -> int:
         """Steps of the whole run; an estimate where the budget is in FLOPs and rows may be dropped."""
         if self.config.steps is not None:
@@ -82,9 +79,11 @@ class Trainer:
             group["lr"] = rate
         micros = self.config.optimizer.grad_accumulation
         step_loss = torch.stack([self._micro_batch(micro, micros) for micro in range(micros)]).sum()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
         value = self._mean_over_ranks(step_loss)
         self._refuse_nonfinite(value, float(norm))
+        nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
@@ -105,7 +104,7 @@ class Trainer:
         token_BS = token_BS.to(self.ranks.device, non_blocking=True)
         accumulates = self.ranks.size > 1 and micro < micros - 1
         with self.parallel.no_sync() if accumulates else contextlib.nullcontext():
-            with precision(self.config, self.ranks.device), self._naming_layers():
+            with precision(self.config, self.ranks.device), self._naming_layers(self.done + 1):
                 micro_loss = loss(self.parallel(token_BS[:, :-1]), token_BS[:, 1:])
             scaled = (micro_loss if self.handle is None else self.handle.follow(micro_loss)) / micros
             scaled.backward()
@@ -114,9 +113,16 @@ class Trainer:
         return scaled.detach()
 
     def evaluate(self) -> Evaluation:
-        """One pass over the validation text, on every rank alike."""
-        ranks, text = self.ranks, self.text
-        return evaluate(self.model, text.validation, text.domains, ranks.device, precision(self.config, ranks.device))
+        """One pass over the validation text, on every rank alike.
+
+        Fails: UserError for logits or a loss that are not finite, or a loss whose perplexity is too large for a float.
+        """
+        device, text = self.ranks.device, self.text
+        with self._naming_layers(self.done):
+            found = evaluate(self.model, text.validation, text.domains, device, precision(self.config, device))
+        if not found.loss < LARGEST_LOSS:
+            raise UserError(f"Step {self.done}: the validation loss is {found.loss:g}; lower the learning rate.")
+        return found
 
     def _refuse_unevaluable(self) -> None:
         """Say before the training, not after it, that a method will not be evaluated left to right."""
@@ -127,19 +133,28 @@ class Trainer:
 
     def _refuse_nonfinite(self, value: float, norm: float) -> None:
         for what, number in (("the loss", value), ("the gradient's norm", norm)):
-            if not abs(number) < float("inf"):
-                totals = {name: layer.logit_total for name, layer in self.layers.items()}
-                broken = [name for name, total in totals.items() if total is not None and not total.isfinite()]
-                where = f" (router logits of {', '.join(broken)})" if broken else ""
-                raise UserError(f"Step {self.done + 1}: {what} is {number}{where}; lower the learning rate.")
+            if not math.isfinite(number):
+                raise UserError(
+                    f"Step {self.done + 1}, {self._broken_place()}: {what} is {number}; lower the learning rate."
+                )
+
+    def _broken_place(self) -> str:
+        """Where a step broke: the first layer whose router's logits are not finite, or else where gradients broke."""
+        for name, layer in self.layers.items():
+            if layer.logit_total is not None and not layer.logit_total.isfinite():
+                return f"layer {name}"
+        # Backward runs from the last layer to the first, so what broke first stands last.
+        gradients = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
+        largest = {name: float(grad.nan_to_num(nan=math.inf).abs().max()) for name, grad in gradients.items()}
+        return f"gradient of {max(reversed(largest), key=largest.__getitem__)}"
 
     @contextlib.contextmanager
-    def _naming_layers(self):
+    def _naming_layers(self, step: int) -> Iterator[None]:
         try:
             yield
         except NonFiniteError as error:
             name = next(name for name, layer in self.layers.items() if layer is error.layer)
-            raise UserError(f"Step {self.done + 1}, layer {name}: {error}") from error
+            raise UserError(f"Step {step}, layer {name}: {error}") from error
 
     def _max_vio(self) -> float:
         """The step's MaxVio over all ranks, averaged over the layers."""
