@@ -26,10 +26,10 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool):
+        self._board = _summary_writer(folder / "tensorboard", step) if tensorboard else None
         path = folder / FILE
         write(path, "".join(json.dumps(record) + "\n" for record in read(folder) if record["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
-        self._board = _summary_writer(folder / "tensorboard", step) if tensorboard else None
 
     def write(self, record: dict[str, Any], layers: dict[str, LoadStats]) -> None:
         """Add one record; ``layers`` joins it as ``"layers"``."""

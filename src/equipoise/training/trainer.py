@@ -145,7 +145,7 @@ class Trainer:
                 return f"layer {name}"
         # Backward runs from the last layer to the first, so what broke first stands last.
         gradients = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
-        largest = {name: float(grad.nan_to_num(nan=math.inf).abs().max()) for name, grad in gradients.items()}
+        largest = {name: float(grad.abs().nan_to_num(math.inf, math.inf).max()) for name, grad in gradients.items()}
         return f"gradient of {max(reversed(largest), key=largest.__getitem__)}"
 
     @contextlib.contextmanager
