@@ -38,7 +38,9 @@ def test_equipoise_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> No
     for domain in ("verse", "prose"):
         folder = tmp_path / "my_texts" / domain
         folder.mkdir(parents=True)
-        lines = [f"{domain} {number}: {number * 7919 % 1009} tokens went to {number % 13} experts" for number in range(999)]
+        lines = [
+            f"{domain} {number}: {number * 7919 % 1009} tokens went to {number % 13} experts" for number in range(999)
+        ]
         (folder / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
     seen = []
     for command in commands():

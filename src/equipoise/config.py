@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import tomli_w
 import tyro
 
-from equipoise.contracts import UserError
+from equipoise.contracts import UserError, require
 
 Config = TypeVar("Config")
 
@@ -73,9 +73,9 @@ class ModelConfig:
         """Fails: UserError at the first value that is not allowed."""
         _check_values(self)
         experts, layers, pairs = self.num_experts, self.num_layers, 2 * self.num_heads
-        _require(self.top_k <= experts, f"top_k must be at most num_experts ({experts}), not {self.top_k}.")
-        _require(self.dense_layers <= layers, f"dense_layers must be at most {layers}, not {self.dense_layers}.")
-        _require(self.dim % pairs == 0, f"dim must be a multiple of 2 * num_heads ({pairs}), not {self.dim}.")
+        require(self.top_k <= experts, f"top_k must be at most num_experts ({experts}), not {self.top_k}.")
+        require(self.dense_layers <= layers, f"dense_layers must be at most {layers}, not {self.dense_layers}.")
+        require(self.dim % pairs == 0, f"dim must be a multiple of 2 * num_heads ({pairs}), not {self.dim}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,8 @@ class OptimizerConfig:
         """Fails: UserError at the first value that is not allowed."""
         _check_values(self)
         rate, least, batch, parts = self.learning_rate, self.min_learning_rate, self.batch_size, self.grad_accumulation
-        _require(least <= rate, f"min_learning_rate must be at most learning_rate ({rate}), not {least}.")
-        _require(batch % parts == 0, f"batch_size must be a multiple of grad_accumulation ({parts}), not {batch}.")
+        require(least <= rate, f"min_learning_rate must be at most learning_rate ({rate}), not {least}.")
+        require(batch % parts == 0, f"batch_size must be a multiple of grad_accumulation ({parts}), not {batch}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +195,8 @@ class CompareConfig(RunConfig):
         super().check()
         _exactly_one(self, "flops", "minutes")
         names = ", ".join(self.methods)
-        _require(len(set(self.methods)) == len(self.methods), f"methods must name each method once, not {names}.")
-        _require(self.baseline in self.methods, f"baseline must be one of methods ({names}), not {self.baseline}.")
+        require(len(set(self.methods)) == len(self.methods), f"methods must name each method once, not {names}.")
+        require(self.baseline in self.methods, f"baseline must be one of methods ({names}), not {self.baseline}.")
 
 
 def load(cls: type[Config], path: str | Path) -> Config:
@@ -290,11 +290,6 @@ def _check_values(config: Any) -> None:
     from_dict(type(config), to_dict(config))
 
 
-def _require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)
-
-
 def _exactly_one(config: Any, *names: str) -> None:
     given = [name for name in names if getattr(config, name) is not None]
-    _require(len(given) == 1, f"Give exactly one of {' and '.join(names)}, not {'both' if given else 'none'}.")
+    require(len(given) == 1, f"Give exactly one of {' and '.join(names)}, not {'both' if given else 'none'}.")

@@ -19,6 +19,12 @@ class UserError(ValueError):
     """Something the user can mend: one clear sentence that says what to do. Commands print it and exit with 2."""
 
 
+def require(holds: bool, sentence: str) -> None:
+    """Fails: UserError with this sentence unless ``holds``."""
+    if not holds:
+        raise UserError(sentence)
+
+
 class NonFiniteError(UserError):
     """A router's logits hold NaN or infinity. ``layer`` is the layer it happened in."""
 
@@ -130,6 +136,14 @@ class Selector(Protocol):
 
     def __call__(self, call: Call, scores: Scores) -> Routing:
         """Choose the rows."""
+        ...
+
+    def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
+        """N, the static bound on the rows of a call."""
+        ...
+
+    def refuse(self, k: int) -> None:
+        """Fails: UserError where the selector's settings make no sense with K experts per token."""
         ...
 
     def weigh(self, call: Call, scores: Scores, token_N: Tensor, expert_N: Tensor) -> Tensor:

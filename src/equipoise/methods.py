@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from equipoise.balancing import BALANCERS
-from equipoise.contracts import UserError
+from equipoise.contracts import UserError, require
 from equipoise.routing import SCORERS, SELECTORS
 
 
@@ -120,7 +120,10 @@ def build(
     known = {f"{name}.{key}": default for name, part in parts.items() for key, default in _settings_of(part).items()}
     resolved = known | method.settings
     resolved |= {f"{name}.{key}": value for name, given in method.balancers.items() for key, value in given.items()}
-    resolved |= {_full_name(method.name, key, known): value for key, value in settings.items()}
+    given = [(_full_name(method.name, key, known), value) for key, value in settings.items()]
+    twice = sorted({name for name, _ in given if [other for other, _ in given].count(name) > 1})
+    require(not twice, f"Setting {', '.join(twice)} is given twice; give it once.")
+    resolved |= dict(given)
     own = {name: {key: resolved[f"{name}.{key}"] for key in _settings_of(part)} for name, part in parts.items()}
     made = {name: part(num_experts, **own[name]) for name, part in parts.items()}
     return made.pop(method.scorer), made.pop(method.selector), nn.ModuleDict(made), resolved
@@ -145,5 +148,6 @@ def _full_name(method: str, key: str, known: dict[str, Any]) -> str:
 
 def _nearest(word: str, words: dict[str, Any]) -> str:
     """A hint at the word that was probably meant."""
-    near = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    known = {name.rpartition(".")[2]: name for name in words} | dict.fromkeys(words) | {name: name for name in words}
+    near = difflib.get_close_matches(word, known, n=1) or [name for name in known if name.startswith(word)]
+    return f" (did you mean {known[near[0]]!r}?)" if near else ""

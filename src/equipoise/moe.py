@@ -9,7 +9,7 @@ from torch import Tensor
 from equipoise.balancing.balanced import BalancedLayer
 from equipoise.balancing.tap import tap
 from equipoise.balancing.z_loss import ZLoss
-from equipoise.contracts import UserError
+from equipoise.contracts import require
 from equipoise.experts.swiglu import DenseSwiGLU, SwiGLU
 from equipoise.methods import build, find
 from equipoise.routing.router import Router
@@ -50,12 +50,20 @@ class MoE(BalancedLayer):
     ):
         _check(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, top_k=top_k, shared_experts=shared_experts)
         scorer, selector, balancers, resolved = build(find(method), num_experts, settings)
+        selector.refuse(top_k)  # type: ignore[operator]
         if z_loss:
             balancers["z_loss"] = ZLoss(num_experts, weight=z_loss)
         experts = SwiGLU(dim, hidden_dim, num_experts, kernel)
         super().__init__(Router(dim, num_experts), scorer, selector, balancers, experts, top_k)
         self.shared = DenseSwiGLU(dim, shared_experts * hidden_dim) if shared_experts else None
         self.method, self.settings = method, resolved
+
+    def extra_repr(self) -> str:
+        """The sizes and the method, for ``print``."""
+        dim, hidden_dim = self.experts.down.shape[1:]
+        settings = "".join(f", {name}={value}" for name, value in self.settings.items())
+        sizes = f"dim={dim}, hidden_dim={hidden_dim}, num_experts={self.num_experts}, top_k={self.top_k}"
+        return f"{sizes}, method={self.method}{settings}"
 
     def forward(self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None) -> Tensor:
         """Send every token through its experts.
@@ -85,7 +93,12 @@ class MoE(BalancedLayer):
 
 def _check(num_experts: int, top_k: int, **sizes: int) -> None:
     for name, size in {**sizes, "num_experts": num_experts}.items():
-        if size < (0 if name == "shared_experts" else 1):
-            raise UserError(f"{name}={size} is impossible; give a positive number.")
-    if not 1 <= top_k <= num_experts:
-        raise UserError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}.")
+        least = 0 if name == "shared_experts" else 1
+        require(
+            isinstance(size, int) and size >= least,
+            f"{name}={size!r} is impossible; give a whole number, {least} or more.",
+        )
+    require(
+        isinstance(top_k, int) and 1 <= top_k <= num_experts,
+        f"top_k={top_k!r} must lie between 1 and num_experts={num_experts}.",
+    )

@@ -102,8 +102,7 @@ def test_layers_go_by_their_names_in_the_model_without_its_wrappers():
         blocks = nn.ModuleList([nn.Linear(7, 7), MoE(**SIZES, method="unbalanced")])
         return nn.ModuleDict({"blocks": blocks, "last": MoE(**SIZES, method="unbalanced")})
 
-    plain, wrapped = model(), nn.Module()
-    wrapped.module = torch.compile(model(), backend="eager")
+    plain, wrapped = model(), torch.compile(model(), backend="eager")
     for layer in [*plain.modules(), *wrapped.modules()]:
         if isinstance(layer, MoE):
             layer.eval()(torch.randn(3, 7))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import equipoise as eq
-from equipoise.kernels.grouped_linear import grouped_linear
+from equipoise.kernels import KERNELS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -19,10 +19,12 @@ def test_kernels_equal_the_oracle_and_leave_rows_without_use_zero(kernel: str, d
     load_E = torch.tensor([5, 0, 17, 1])
     x, weight = torch.randn(29, 32, dtype=torch.float64), torch.randn(4, 48, 32, dtype=torch.float64)
     x[23:] = torch.nan
-    expected = grouped_linear(x, weight, load_E.cumsum(0), "naive")
-    found = grouped_linear(x.to("cuda", dtype), weight.to("cuda", dtype), load_E.cumsum(0).cuda(), kernel)
+    expected = KERNELS["naive"].linear(x, weight, load_E.cumsum(0))
+    found = KERNELS[kernel].linear(x.to("cuda", dtype), weight.to("cuda", dtype), load_E.cumsum(0).cuda())
     assert torch.equal(found[23:], torch.zeros_like(found[23:]))
-    torch.testing.assert_close(found[:23].double().cpu(), expected[:23], rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+    torch.testing.assert_close(
+        found[:23].double().cpu(), expected[:23], rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("method", eq.METHODS)

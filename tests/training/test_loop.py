@@ -281,7 +281,7 @@ def test_another_thread_count_is_refused_unless_allowed(interrupted, alone: Path
     config = interrupted()
     two = dataclasses.replace(config, threads=2)
     try:
-        with pytest.raises(UserError, match="cannot continue bit for bit: threads was 1 and is 2. Resume it where"):
+        with pytest.raises(UserError, match=r"cannot continue bit for bit: threads was 1 and is 2. Resume it where"):
             train(two)
         train(dataclasses.replace(two, allow_inexact=True))
     finally:
@@ -297,7 +297,7 @@ def test_another_text_under_the_same_name_is_refused(make, tmp_path: Path) -> No
     with pytest.raises(Killed), stopped_before(8):
         train(config)
     (data / "verse" / "0.txt").write_text((data / "verse" / "0.txt").read_text().swapcase())
-    with pytest.raises(UserError, match="cannot continue bit for bit: text was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"):
+    with pytest.raises(UserError, match=r"cannot continue bit for bit: text was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"):
         train(config)
 
 

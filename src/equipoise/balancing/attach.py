@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from equipoise.balancing.balanced import balanced_layers
-from equipoise.contracts import UserError
+from equipoise.contracts import require
 
 Scale = Tensor | float
 
@@ -32,7 +32,11 @@ def attach(
         group: the data-parallel ranks whose counts belong to one step; None is the default group.
     Fails: UserError for a model without MoE layers, or one that is attached already.
     """
-    return Handle(model, (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer), group)
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+    right = isinstance(model, nn.Module) and isinstance(optimizers, Sequence)
+    right = right and all(isinstance(each, Optimizer) for each in optimizers)
+    require(right, "attach takes a model and its optimizer, or a list of optimizers, in this order.")
+    return Handle(model, tuple(dict.fromkeys(optimizers)), group)
 
 
 class Handle:
@@ -45,18 +49,16 @@ class Handle:
 
     def __init__(self, model: nn.Module, optimizers: tuple[Optimizer, ...], group: dist.ProcessGroup | None):
         self.layers: dict[str, Any] = balanced_layers(model)
-        if not self.layers:
-            raise UserError("The model has no MoE layer, so there is nothing to attach.")
-        if any(layer.window.handle is not None for layer in self.layers.values()):
-            raise UserError("The model is attached already; call .remove() of its handle first.")
+        require(bool(self.layers), "The model has no MoE layer, so there is nothing to attach.")
+        attached = any(layer.window.handle is not None for layer in self.layers.values())
+        require(not attached, "The model is attached already; call .remove() of its handle first.")
         self.group = group
         self.world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self.loss_scale: Scale | None = None
         self._followed: tuple[Scale, str] | None = None
         self._optimizers, self._stepped = optimizers, set[int]()
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
-        for optimizer in optimizers:
-            self._watch_zero_grad(optimizer)
+        self._undo = [self._watch_zero_grad(optimizer) for optimizer in optimizers]
         for layer in self.layers.values():
             layer.window.handle = self
 
@@ -67,10 +69,9 @@ class Handle:
             loss: 0-d; the micro-batch's training loss before accumulation, GradScaler or token sums scale it.
             reduction: ``"mean"`` over the micro-batch's tokens, or their ``"sum"``.
         """
-        if loss.dim() != 0:
-            raise UserError(f"follow takes the 0-d loss, not a tensor of shape {tuple(loss.shape)}; reduce it first.")
-        if reduction not in ("mean", "sum"):
-            raise UserError(f"reduction={reduction!r} is unknown; choose 'mean' or 'sum'.")
+        shape = tuple(loss.shape)
+        require(not shape, f"follow takes the 0-d loss, not a tensor of shape {shape}; reduce it first.")
+        require(reduction in ("mean", "sum"), f"reduction={reduction!r} is unknown; choose 'mean' or 'sum'.")
         return _follow(loss, self, reduction)  # pyright: ignore[reportCallIssue] - torch leaves disable untyped
 
     def scale_of(self, tokens: Tensor) -> Scale | None:
@@ -84,13 +85,13 @@ class Handle:
     def step(self) -> None:
         """Sum the windows over the ranks, update every part that learns, and open the next window."""
         self._stepped.clear()
-        sums = {name: layer.window.sums for name, layer in self.layers.items()}
+        if self.world_size == 1 and not any(layer.window.sums for layer in self.layers.values()):
+            return
+        sums = [layer.window.sums or layer.blank_statistics() for layer in self.layers.values()]
         if self.world_size > 1:
-            sums = {name: seen or self.layers[name].blank_statistics() for name, seen in sums.items()}
-            _all_reduce(sums.values(), self.group)
-        for name, total in sums.items():
-            if total:
-                self.layers[name].commit(total)
+            _all_reduce(sums, self.group)
+        for layer, total in zip(self.layers.values(), sums):
+            layer.commit(total)
         self.discard()
 
     def discard(self) -> None:
@@ -103,10 +104,12 @@ class Handle:
         """Undo ``attach``."""
         for hook in self._hooks:
             hook.remove()
-        for optimizer in self._optimizers:
-            vars(optimizer).pop("zero_grad", None)
+        for undo in self._undo:
+            undo()
         for layer in self.layers.values():
             layer.window.handle = None
+            layer.window.last = {}
+        self.layers = {}
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # what a GradScaler tells a fused optimizer
@@ -117,8 +120,12 @@ class Handle:
         if len(self._stepped) == len(self._optimizers):
             self.step()
 
-    def _watch_zero_grad(self, optimizer: Optimizer) -> None:
-        """Let the window go with gradients that are thrown away: an unfused step that is skipped calls no hook."""
+    def _watch_zero_grad(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Let the window go with gradients that are thrown away: an unfused step that is skipped calls no hook.
+
+        Returns: what undoes it.
+        """
+        own = vars(optimizer).get("zero_grad")
         zero_grad = optimizer.zero_grad
 
         def discarding(*args: Any, **kwargs: Any) -> None:
@@ -126,7 +133,15 @@ class Handle:
                 self.discard()
             zero_grad(*args, **kwargs)
 
+        def undo() -> None:
+            if vars(optimizer).get("zero_grad") is not discarding:
+                return  # someone has wrapped ours since; without layers it does nothing
+            del optimizer.zero_grad
+            if own is not None:
+                optimizer.zero_grad = own  # type: ignore[method-assign]
+
         optimizer.zero_grad = discarding  # type: ignore[method-assign]
+        return undo
 
 
 @torch.compiler.disable

@@ -1,10 +1,12 @@
 """The load-balancing loss ``E * sum_i f_i P_i``, with f counted per micro-batch or over the global batch."""
 
+import math
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.balancing.balancer import Balancer
-from equipoise.contracts import Call, Routing, Scores, UserError
+from equipoise.contracts import Call, Routing, Scores, require
 
 SCOPES = ("micro", "global")
 
@@ -24,8 +26,8 @@ class BalanceLoss(Balancer):
 
     def __init__(self, num_experts: int, *, scope: str = "global", weight: float = 1e-2):
         super().__init__()
-        if scope not in SCOPES:
-            raise UserError(f"balance_loss.scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}.")
+        require(scope in SCOPES, f"balance_loss.scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}.")
+        require(0 <= weight < math.inf, f"balance_loss.weight={weight} is no weight; give a number of at least 0.")
         self.scope, self.weight = scope, weight
 
     @property
@@ -45,4 +47,4 @@ class BalanceLoss(Balancer):
 
 def _slope(demand_E: Int[Tensor, " E"], like: Tensor) -> Float[Tensor, " E"]:
     """``E * f_E``."""
-    return (demand_E.shape[0] / demand_E.sum().clamp(min=1)).to(like.dtype) * demand_E.to(like.dtype)
+    return demand_E.to(like.dtype) * (demand_E.shape[0] / demand_E.sum().clamp(min=1).to(like.dtype))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from equipoise.balancing.tap import refuse_lost_backward
 from equipoise.balancing.window import Window
@@ -84,7 +85,8 @@ class BalancedLayer(nn.Module):
         Fails: NonFiniteError.
         """
         self.logit_total = scores.logit_TE.detach().sum()
-        if self.logit_total.is_cpu and not torch.compiler.is_compiling() and not self.logit_total.isfinite():
+        real = type(self.logit_total) is Tensor and self.logit_total.is_cpu  # neither fake nor traced
+        if real and not torch.compiler.is_compiling() and not self.logit_total.isfinite():
             raise NonFiniteError(self)
 
     def losses(self, call: Call, scores: Scores, routing: Routing) -> dict[str, Tensor]:
@@ -138,8 +140,7 @@ class BalancedLayer(nn.Module):
 
 def balanced_layers(model: nn.Module) -> dict[str, BalancedLayer]:
     """The model's balanced layers by name, in the model's order; wrappers (DDP, compiled) leave no trace."""
-    return {
-        name.replace("_orig_mod.", "").removeprefix("module."): module
-        for name, module in model.named_modules()
-        if isinstance(module, BalancedLayer)
-    }
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore
+    found = {name: module for name, module in model.named_modules() if isinstance(module, BalancedLayer)}
+    return {name.replace("_orig_mod.", ""): module for name, module in found.items()}

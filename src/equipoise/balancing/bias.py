@@ -1,10 +1,12 @@
 """Loss-free balancing: a selection bias that steps against each expert's excess load."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from equipoise.balancing.balancer import SelectionBias
-from equipoise.contracts import Call, Routing, Scores
+from equipoise.contracts import Call, Routing, Scores, require
 
 
 class Bias(SelectionBias):
@@ -19,6 +21,7 @@ class Bias(SelectionBias):
 
     def __init__(self, num_experts: int, *, rate: float = 1e-3):
         super().__init__(num_experts)
+        require(0 <= rate < math.inf, f"bias.rate={rate} is no step; give a number of at least 0.")
         self.rate = rate
 
     def statistics(self, call: Call, scores: Scores, routing: Routing) -> dict[str, Tensor]:

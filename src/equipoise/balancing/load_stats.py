@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from equipoise.balancing.balanced import BalancedLayer, balanced_layers
-from equipoise.contracts import UserError
+from equipoise.contracts import UserError, require
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def load_stats(model: nn.Module) -> dict[str, LoadStats]:
     Fails: UserError where the model has no MoE layer, or one has not been called.
     """
     layers = balanced_layers(model)
-    if not layers:
-        raise UserError("The model has no MoE layer.")
+    require(bool(layers), "The model has no MoE layer.")
     return {name: _of(name, layer) for name, layer in layers.items()}
 
 
@@ -87,5 +86,6 @@ def _of(name: str, layer: BalancedLayer) -> LoadStats:
         loss = {key: (value, value * layer.balancers[key].weight) for key, value in values.items()}
         return LoadStats.of(last["demand_E"], int(last["dropped"]), loss, scope="window")
     if layer.routing is None:
+        name = name or type(layer).__name__
         raise UserError(f"Layer {name!r} has not been called yet, so it has no load.")
     return LoadStats.of(layer.routing.demand_E(), int(layer.routing.dropped_E.sum()))

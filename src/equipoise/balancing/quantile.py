@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.balancing.balancer import SelectionBias
-from equipoise.contracts import Call, Routing, Scores
+from equipoise.contracts import Call, Routing, Scores, require
 
 
 class Quantile(SelectionBias):
@@ -22,12 +22,15 @@ class Quantile(SelectionBias):
         ema: share of the old bias that is kept; 0 takes the quantile as it is.
 
     Source: Su 2026 and Kimi K3 as reported second-hand: the old bias routes, one update follows, centred; histogram of
-    the required bias over [min bias - 1, max bias + 1] with interpolation inside the crossing bin. Differs: INFERRED
-    where the primary text was not readable: with padding the target counts real tokens only.
+    the required bias over [min bias - 1, max bias + 1] with interpolation inside the crossing bin. Differs: where the
+    target is a whole number, the quantile is the next order statistic, as the (K+1)-th is on the tokens' side.
+    INFERRED, since the primary text was not readable: with padding the target counts real tokens only.
     """
 
     def __init__(self, num_experts: int, *, bins: int = 1000, ema: float = 0.0):
         super().__init__(num_experts)
+        require(bins >= 1, f"quantile.bins={bins} is impossible; give a positive number.")
+        require(0 <= ema < 1, f"quantile.ema={ema} must be at least 0 and below 1, or the bias never moves.")
         self.bins, self.ema = bins, ema
 
     def statistics(self, call: Call, scores: Scores, routing: Routing) -> dict[str, Tensor]:
@@ -62,9 +65,9 @@ class Quantile(SelectionBias):
 
 
 def _crossing(histogram_EB: Int[Tensor, "E bins"], target: Tensor) -> Float[Tensor, " E"]:
-    """Where each row's cumulative count reaches ``target``, in bins, interpolated inside the crossing bin."""
+    """Where each row's cumulative count passes ``target``, in bins, interpolated inside the crossing bin."""
     total_EB = histogram_EB.cumsum(-1)
-    bin_E1 = (total_EB < target.ceil()).sum(-1, keepdim=True).clamp(max=histogram_EB.shape[1] - 1)
+    bin_E1 = (total_EB <= target).sum(-1, keepdim=True).clamp(max=histogram_EB.shape[1] - 1)
     count_E1 = histogram_EB.gather(1, bin_E1)
     before_E1 = total_EB.gather(1, bin_E1) - count_E1
     return (bin_E1 + ((target - before_E1) / count_E1.clamp(min=1)).clamp(0, 1)).squeeze(1).to(torch.float32)

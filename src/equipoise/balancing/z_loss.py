@@ -1,9 +1,11 @@
 """The router z-loss: keeps logits small."""
 
+import math
+
 from torch import Tensor
 
 from equipoise.balancing.balancer import Balancer
-from equipoise.contracts import Call, Routing, Scores
+from equipoise.contracts import Call, Routing, Scores, require
 
 
 class ZLoss(Balancer):
@@ -18,6 +20,7 @@ class ZLoss(Balancer):
 
     def __init__(self, num_experts: int, *, weight: float = 1e-3):
         super().__init__()
+        require(0 <= weight < math.inf, f"z_loss.weight={weight} is no weight; give a number of at least 0.")
         self.weight = weight
 
     def loss(self, call: Call, scores: Scores, routing: Routing) -> Tensor:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equipoise.contracts import Routing
-from equipoise.kernels.chooser import choose
+from equipoise.contracts import Routing, require
+from equipoise.kernels.chooser import choose, refuse_unknown
 from equipoise.kernels.swiglu import swiglu
 
 
@@ -31,6 +31,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, num_experts: int, kernel: str = "auto"):
         super().__init__()
+        refuse_unknown(kernel)
         self.kernel = kernel
         self.kernel_used: str | None = None
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim).normal_(std=dim**-0.5))
@@ -39,9 +40,12 @@ class SwiGLU(nn.Module):
     def forward(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Compute the routed rows and return, per token, the weighted sum of its experts' answers."""
         gate_up, down = self.gate_up, self.down
-        if torch.is_autocast_enabled(x_TD.device.type):
-            dtype = torch.get_autocast_dtype(x_TD.device.type)
+        kind = x_TD.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
             x_TD, gate_up, down = x_TD.to(dtype), gate_up.to(dtype), down.to(dtype)
+        same = x_TD.dtype == gate_up.dtype
+        require(same, f"The tokens are {x_TD.dtype}, but the experts {gate_up.dtype}; convert one of them with .to().")
         self.kernel_used = kernel = choose(self.kernel, x_TD.dtype, (*gate_up.shape[1:], down.shape[2]))
         return swiglu(x_TD, routing.token_N, routing.weight_N, gate_up, down, routing.load_E.cumsum(0), kernel)[0]
 

@@ -2,8 +2,14 @@
 
 import torch
 
-from equipoise.contracts import UserError
+from equipoise.contracts import require
 from equipoise.kernels import KERNELS, grouped_mm
+
+
+def refuse_unknown(kernel: str) -> None:
+    """Fails: UserError unless ``choose`` knows the name."""
+    known = ("auto", *KERNELS)
+    require(kernel in known, f"Unknown kernel {kernel!r}; choose one of {', '.join(known)}.")
 
 
 def choose(kernel: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
@@ -13,13 +19,10 @@ def choose(kernel: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
         kernel: ``"auto"`` or a key of ``KERNELS``.
         dtype: of the rows.
         widths: elements per row of every matrix involved.
-    Fails: UserError for an unknown kernel, or for one that was asked for and cannot do it.
+    Fails: UserError for a kernel that was asked for and cannot do it.
     """
     if kernel == "auto":
         return "loop" if grouped_mm.refusal(dtype, widths) else "grouped_mm"
-    if kernel not in KERNELS:
-        raise UserError(f"Unknown kernel {kernel!r}; choose one of auto, {', '.join(KERNELS)}.")
     reason = grouped_mm.refusal(dtype, widths) if kernel == "grouped_mm" else None
-    if reason:
-        raise UserError(f"Kernel 'grouped_mm' cannot be used: {reason}. Choose kernel='loop' or 'auto'.")
+    require(reason is None, f"Kernel 'grouped_mm' cannot be used: {reason}; choose kernel='loop' or 'auto'.")
     return kernel

@@ -19,6 +19,8 @@ def refusal(dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
 
 def linear(x_NI: Float[Tensor, "N I"], weight_EOI: Float[Tensor, "E O I"], end_E: Int[Tensor, " E"]) -> Tensor:
     """Multiply every row with its expert's weight: ``[N, O]``; rows after the last expert's end are zero."""
+    if 1 not in weight_EOI.stride()[1:]:
+        weight_EOI = weight_EOI.contiguous()  # torch takes each expert's matrix by rows or by columns, not strided
     y_NO = F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=end_E.to(torch.int32))
     # torch leaves the rows after the end undefined on CUDA; on the CPU, where looking is free, there are often none.
     if y_NO.is_cuda or int(end_E[-1]) < y_NO.shape[0]:

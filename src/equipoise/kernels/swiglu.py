@@ -109,9 +109,8 @@ def _backward(ctx: Any, grad_TD: Tensor | None, *_: Tensor | None) -> tuple[Tens
         return (None,) * 7
     token_N, weight_N, gate_up, down, end_E, *saved = ctx.saved_tensors
     needs_weights = any(ctx.needs_input_grad[3:5])
-    # Contiguous: an expanded gradient, as of y.sum(), has stride 0.
     grad_x_TD, grad_weight_N, grad_gate_up, grad_down = swiglu_backward(
-        grad_TD.contiguous(), saved, token_N, weight_N, gate_up, down, end_E, ctx.kernel, needs_weights
+        grad_TD, saved, token_N, weight_N, gate_up, down, end_E, ctx.kernel, needs_weights
     )
     if not needs_weights:
         return grad_x_TD, None, grad_weight_N, None, None, None, None

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equipoise.contracts import Call, Routing, Scores, UserError
+from equipoise.contracts import Call, Routing, Scores, UserError, require
 from equipoise.routing.rows import pack, weigh
 from equipoise.routing.top_k import TopK
 
@@ -31,8 +31,8 @@ class ExpertChoice(nn.Module):
 
     def __init__(self, num_experts: int, *, renormalize: bool = False, evaluation: str = "refuse"):
         super().__init__()
-        if evaluation not in EVALUATIONS:
-            raise UserError(f"evaluation={evaluation!r} is unknown; choose one of {', '.join(EVALUATIONS)}.")
+        known = ", ".join(EVALUATIONS)
+        require(evaluation in EVALUATIONS, f"evaluation={evaluation!r} is unknown; choose one of {known}.")
         self.renormalize, self.evaluation = renormalize, evaluation
         self.token_choice = TopK(num_experts, renormalize=None if renormalize else False)
 
@@ -46,7 +46,7 @@ class ExpertChoice(nn.Module):
         if not call.training and self.evaluation == "top_k":
             return self.token_choice(call, scores)
         num_tokens, num_experts = scores.choice_TE.shape
-        capacity = min(num_tokens, max(1, num_tokens * call.k // num_experts))
+        capacity = self.num_rows(num_tokens, num_experts, call.k) // num_experts
         choice_ET = scores.choice_TE.detach().T
         if call.mask_T is not None:
             choice_ET = choice_ET.masked_fill(~call.mask_T, -torch.inf)
@@ -61,6 +61,13 @@ class ExpertChoice(nn.Module):
         )
         token_N, expert_N = token_EC.reshape(-1), expert_EC.reshape(-1)
         return pack(scores, token_N, expert_N, self.weigh(call, scores, token_N, expert_N))
+
+    def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
+        """N = E*C, with the capacity that the call would have without padding."""
+        return num_experts * min(num_tokens, max(1, num_tokens * k // num_experts))
+
+    def refuse(self, k: int) -> None:
+        """Any K will do: it says how many tokens an expert takes on average, not how many experts a token has."""
 
     def weigh(
         self, call: Call, scores: Scores, token_N: Int[Tensor, " N"], expert_N: Int[Tensor, " N"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from equipoise.balancing.balanced import balanced_layers
-from equipoise.contracts import Call, Routing, Scores, Selector, UserError
+from equipoise.contracts import Call, Routing, Scores, Selector, require
 from equipoise.routing.rows import pack, unmasked
 
 Hook = Callable[[Call, Scores, Selector], Routing]
@@ -22,10 +22,11 @@ def override(model: nn.Module, hook: Hook | dict[str, Hook]) -> Iterator[None]:
     Fails: UserError for a name that is no MoE layer's.
     """
     layers = balanced_layers(model)
+    require(bool(layers), "The model has no MoE layer, so there is nothing to override.")
     hooks = hook if isinstance(hook, dict) else dict.fromkeys(layers, hook)
     unknown = sorted(set(hooks) - set(layers))
-    if unknown:
-        raise UserError(f"No MoE layer is called {unknown[0]!r}; the layers are {', '.join(layers)}.")
+    names = ", ".join(map(repr, layers))
+    require(not unknown, f"No MoE layer is called {', '.join(map(repr, unknown))}; the layers are {names}.")
     before = {name: layers[name].override for name in hooks}
     try:
         for name, chosen in hooks.items():
@@ -37,9 +38,20 @@ def override(model: nn.Module, hook: Hook | dict[str, Hook]) -> Iterator[None]:
 
 
 def replay(recorded: Routing) -> Hook:
-    """Route as ``recorded``, with weights read from the live gate, so that the router keeps its gradient."""
+    """Route as ``recorded``, with weights read from the live gate, so that the router keeps its gradient.
+
+    Fails: UserError for a recording with dropped rows, whose share of their tokens' weights nobody knows; the hook, for
+    a call of another size than the recorded one.
+    """
+    dropped = int(recorded.dropped_E.sum())
+    require(not dropped, f"{dropped} rows of the recording were dropped; record without capacity_factor to replay.")
 
     def hook(call: Call, scores: Scores, selector: Selector) -> Routing:
+        rows, recorded_rows = (
+            selector.num_rows(scores.gate_TE.shape[0], scores.gate_TE.shape[1], call.k),
+            len(recorded.token_N),
+        )
+        require(rows == recorded_rows, f"The recording has {recorded_rows} rows, but this call has {rows}.")
         weight_N = selector.weigh(call, scores, recorded.token_N, recorded.expert_N)
         return Routing(recorded.token_N, recorded.expert_N, weight_N, recorded.load_E, recorded.dropped_E)
 

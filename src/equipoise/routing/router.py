@@ -21,5 +21,6 @@ class Router(nn.Module):
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """The logits of every token for every expert."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        kind = "cpu" if x_TD.device.type == "meta" else x_TD.device.type  # autocast does not know meta tensors
+        with torch.autocast(kind, enabled=False):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))

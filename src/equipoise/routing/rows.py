@@ -38,7 +38,8 @@ def pack(
         dropped_E: rows that were selected, but not kept; none by default.
     """
     num_experts = scores.gate_TE.shape[1]
-    order_N = expert_N.to(torch.int16).argsort(stable=True)  # short keys sort three times as fast as int64
+    key_N = expert_N.to(torch.int16) if num_experts < 2**15 else expert_N  # short keys sort three times as fast
+    order_N = key_N.argsort(stable=True)
     count = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
     load_E = count.scatter_add(0, expert_N, torch.ones_like(expert_N))[:num_experts]
     return Routing(

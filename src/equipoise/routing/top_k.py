@@ -1,10 +1,12 @@
 """Token choice: every token takes its K best experts, dropless or within a capacity."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equipoise.contracts import Call, Routing, Scores, UserError
+from equipoise.contracts import Call, Routing, Scores, require
 from equipoise.routing.rows import pack, unmasked, weigh
 
 
@@ -35,10 +37,9 @@ class TopK(nn.Module):
         drop: str = "score",
     ):
         super().__init__()
-        if drop not in ("score", "position"):
-            raise UserError(f"drop={drop!r} is unknown; choose 'score' or 'position'.")
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise UserError(f"capacity_factor={capacity_factor} keeps no row; give a positive factor, or None.")
+        require(drop in ("score", "position"), f"drop={drop!r} is unknown; choose 'score' or 'position'.")
+        kept = capacity_factor is None or 0 < capacity_factor < math.inf
+        require(kept, f"capacity_factor={capacity_factor} is no factor; give a positive number, or None.")
         self.renormalize, self.capacity_factor, self.drop = renormalize, capacity_factor, drop
 
     def forward(self, call: Call, scores: Scores) -> Routing:
@@ -50,28 +51,36 @@ class TopK(nn.Module):
         weight_N = self.weigh(call, scores, token_N, expert_N)
         if self.capacity_factor is None or not call.training:
             return pack(scores, token_N, expert_N, weight_N)
-        over_N = self._over_capacity(call, num_experts, expert_N, weight_N)
+        over_N = self._over_capacity(call, num_experts, expert_N, weigh(scores, token_N, expert_N, False).detach())
         count = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
         dropped_E = count.scatter_add(0, expert_N, over_N.to(torch.int64))[:num_experts]
         expert_N = expert_N.masked_fill(over_N, num_experts)
         return pack(scores, token_N, expert_N, weight_N.masked_fill(over_N, 0), dropped_E)
 
+    def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
+        """N = T*K."""
+        return num_tokens * k
+
+    def refuse(self, k: int) -> None:
+        """Fails: UserError where these settings make no sense with K experts per token."""
+        sentence = "renormalize=True with top_k=1 makes every weight 1 and starves the router; leave it out."
+        require(not (self.renormalize and k == 1), sentence)
+
     def weigh(
         self, call: Call, scores: Scores, token_N: Int[Tensor, " N"], expert_N: Int[Tensor, " N"]
     ) -> Float[Tensor, " N"]:
         """The combine weights of these rows."""
-        if self.renormalize and call.k == 1:
-            raise UserError("renormalize=True with top_k=1 makes every weight 1 and starves the router; leave it out.")
         return weigh(scores, token_N, expert_N, call.k > 1 if self.renormalize is None else self.renormalize)
 
     def _over_capacity(
-        self, call: Call, num_experts: int, expert_N: Int[Tensor, " N"], weight_N: Float[Tensor, " N"]
+        self, call: Call, num_experts: int, expert_N: Int[Tensor, " N"], gate_N: Float[Tensor, " N"]
     ) -> Tensor:
         """True for the rows that find their expert full."""
         assert self.capacity_factor is not None
-        capacity = (self.capacity_factor * call.tokens() * call.k / num_experts).ceil()
+        share = self.capacity_factor * call.tokens().double() * call.k / num_experts
+        capacity = (share - 1e-9).ceil()  # 1.2 times 40 is 48, and not the hair above it that floats make of it
         order_N = (
-            weight_N.argsort(descending=True, stable=True)
+            gate_N.argsort(descending=True, stable=True)
             if self.drop == "score"
             else torch.arange(len(expert_N), device=expert_N.device)
         )
