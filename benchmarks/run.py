@@ -1,7 +1,7 @@
 """Run benchmarks and write their results: ``python benchmarks/run.py step|bookkeeping|all [--rounds 31]``.
 
-Every result is a JSON file in ``benchmarks/results/`` with commit, machine, versions, raw samples and spread. Figures are
-ratios of candidates that took turns in one process.
+Every result is a JSON file in ``benchmarks/results/`` with commit, machine, versions, raw samples and spread. Figures
+are ratios of candidates that took turns in one process.
 """
 
 import argparse

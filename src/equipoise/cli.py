@@ -76,7 +76,11 @@ def _compare(config: CompareConfig, as_json: bool) -> None:
         _print_json(results)
         return
     Console().print(table(results))
-    print(f"Report: {Path(config.out) / REPORT_FILE}")
+    flops, steps, rule = results["budget"]["flops"], results["runs"][0]["steps"], config.optimizer
+    print(
+        f"Each run: {flops:.3g} FLOPs, {steps} steps; the learning rate rises to {rule.learning_rate:g} in the first "
+        f"{rule.warmup:.0%} and falls to {rule.min_learning_rate:g}.\nReport: {Path(config.out) / REPORT_FILE}"
+    )
 
 
 def _generate(config: GenerateConfig, as_json: bool) -> None:
@@ -166,12 +170,16 @@ def _run(command: str, words: list[str]) -> int:
             **given,
         )
         function(config, known.json)
+        sys.stdout.flush()
     except UserError as error:
         print(f"equipoise: {error}", file=sys.stderr)
         return MISUSE
     except Interrupted as stop:
         print(f"equipoise: {stop}", file=sys.stderr)
         return 128 + stop.signal
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         print("equipoise: Stopped by SIGINT.", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -80,15 +80,16 @@ class MoE(BalancedLayer):
         self.refuse_nonfinite(scores)
         for balancer in self.balancers.values():
             scores = balancer.adjust(call, scores)
-        routing = self.override(call, scores, self.selector) if self.override else self.selector(call, scores)
+        routing = self.choose(call, scores)
         if self.training and torch.is_grad_enabled():
             losses, statistics = self.losses(call, scores, routing), self.statistics(call, scores, routing)
             routing = tap(self.window, routing, losses, statistics)
-        y_TD = self.experts(call.x_TD, routing)
+        tokens = call.x_TD.view(x.shape)
+        y = self.experts(tokens, routing)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(call.x_TD)
+            y = y + self.shared(tokens)
         self.routing = routing.detach()
-        return y_TD.view(x.shape)
+        return y
 
 
 def _check(num_experts: int, top_k: int, **sizes: int) -> None:

@@ -99,7 +99,7 @@ def test_opposite_micro_batches_are_balanced_together_only_in_the_global_scope(s
     for expert in range(2):
         before = float(layer.window.sums.get("loss.balance_loss", 0))
         layer(torch.eye(2)[[expert] * 5]).sum().backward()
-        seen.append(float(layer.window.sums["loss.balance_loss"]) - before)
+        seen.append((float(layer.window.sums["loss.balance_loss"]) - before) / 5)  # of 5 tokens
     assert seen == pytest.approx(values)
 
 
@@ -138,7 +138,7 @@ def test_gradient_agrees_with_finite_differences_of_the_recorded_value(scope, sc
         with torch.no_grad():
             layer.router.weight.copy_(weight)
         layer(x).sum().backward()
-        return layer.window.sums["loss.balance_loss"].item()
+        return (layer.window.sums["loss.balance_loss"] / layer.window.sums["tokens"]).item()
 
     weight, step = layer.router.weight.detach().clone(), 1e-6
     for index in [(0, 0), (2, 3), (4, 6), (1, 5)]:

@@ -72,11 +72,11 @@ def test_without_a_handle_every_micro_batch_is_a_window():
     assert window.sums["calls"].item() == 1
 
 
-def test_a_scalar_loss_is_recorded_raw_and_its_gradient_is_scale_times_weight():
+def test_a_scalar_loss_is_recorded_raw_by_token_and_its_gradient_is_scale_times_weight():
     window = window_of(z_loss=ZLoss(3, weight=0.25))
     window.handle = Closer(torch.tensor(8.0))
     assert record(window, {"z_loss": torch.tensor(1.5)}, COUNTS)["z_loss"].item() == 2
-    assert window.sums["loss.z_loss"].item() == 1.5
+    assert window.sums["loss.z_loss"].item() == 1.5 * COUNTS["tokens"]
 
 
 def test_the_global_scopes_slope_follows_the_demand_so_far():
@@ -88,8 +88,8 @@ def test_the_global_scopes_slope_follows_the_demand_so_far():
     torch.testing.assert_close(second["balance_loss"], 0.5 * 3 * torch.tensor([3, 1, 4]) / 8)
     assert first["z_loss"].item() == second["z_loss"].item() == 0.25
     values = 3 * (0.75 * 0.5 + 0.25 * 0.25), 3 * (0.375 * 0.5 + 0.125 * 0.25 + 0.5 * 0.25)
-    assert window.sums["loss.balance_loss"].item() == pytest.approx(sum(values))
-    assert window.sums["loss.z_loss"].item() == 3
+    assert window.sums["loss.balance_loss"].item() == pytest.approx(sum(values) * COUNTS["tokens"])
+    assert window.sums["loss.z_loss"].item() == 3 * COUNTS["tokens"]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class DividesByAllTokens(Window):
 
 
 class IgnoresTheScale(Window):
-    def _scale(self, has_losses, tokens):
+    def _scale(self, *told):
         return 1.0
 
 

@@ -42,7 +42,7 @@ def token_sums(layer: MoE, micro: list[Tensor]) -> None:
     handle = attach(layer, optimizer)
     total = sum(x[..., 0].numel() for x in micro)
     for x in micro:
-        (handle.follow(loss_of(layer(x), reduction="sum"), reduction="sum") / total).backward()
+        (handle.follow(loss_of(layer(x), reduction="sum"), count=x.shape[:-1].numel()) / total).backward()
     optimizer.step()
 
 

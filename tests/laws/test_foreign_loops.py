@@ -70,7 +70,7 @@ def test_sums_and_means_over_some_tokens_agree(make, method):
     target = torch.arange(15).view(3, 5) % 5 == 4
     for run, reduction, share in ((mean, "mean", 1.0), (total, "sum", 1 / 3)):
         loss = loss_of(run.layer(tokens(3, 5)), target, reduction)
-        (run.handle.follow(loss, reduction) * share).backward()
+        (run.handle.follow(loss, None if reduction == "mean" else 3) * share).backward()
     same(total.gradients(), mean.gradients())
 
 
@@ -141,6 +141,4 @@ def test_follow_wants_the_loss_itself():
     run = Run(build("switch"))
     with pytest.raises(UserError, match="0-d"):
         run.handle.follow(run.layer(tokens(3, 5)))
-    with pytest.raises(UserError, match="reduction='median'"):
-        run.handle.follow(loss_of(run.layer(tokens(3, 5))), reduction="median")
     assert torch.equal(run.handle.follow(torch.tensor(3.0)), torch.tensor(3.0))

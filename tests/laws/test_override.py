@@ -98,6 +98,24 @@ def test_an_overridden_forward_is_recomputed_alike(make, method, wrap, late):
     same(wrapped.gradients(), plain.gradients())
 
 
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_two_overridden_forwards_are_recomputed_alike(make, method, wrap):
+    """As in a pipeline, where every micro-batch is replayed, and the forwards run ahead of the backwards."""
+    plain, wrapped = Run(make(method)), Run(make(method))
+    hooks = [replay(layer_routing(make(method, seed=seed))) for seed in (3, 4)]
+    for hook in hooks:
+        with override(plain.layer, hook):
+            plain.backward(tokens(3, 5), share=0.5)
+    losses = []
+    for hook in hooks:
+        with override(wrapped.layer, hook):
+            losses.append(loss_of(WRAPPERS[wrap](wrapped.layer, tokens(3, 5).requires_grad_(), None)))
+    for loss in losses:
+        (wrapped.handle.follow(loss) * 0.5).backward()
+    same(wrapped.counts(), plain.counts())
+    same(wrapped.gradients(), plain.gradients())
+
+
 def test_the_hook_is_gone_after_an_error(make, method):
     layer = make(method)
     with pytest.raises(UserError, match="tokens"), override(layer, forced_balance):

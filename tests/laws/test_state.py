@@ -33,25 +33,25 @@ def test_selection_state_stands_still_between_steps(make, method):
 def test_evaluation_changes_nothing(make, method, grad):
     run = Run(make(method))
     run.layer.eval()
-    before = run.state()
+    before = settled(run)
     with torch.set_grad_enabled(grad):
         y = run.layer(tokens(3, 5))
     if grad:
         loss_of(y).backward()
     assert not run.layer.window.sums
     run.handle.step()
-    same(run.state(), before)
+    same(settled(run), before)
 
 
 def test_training_forward_changes_nothing(make, method):
     run = Run(make(method))
-    before = run.state()
+    before = settled(run)
     for _ in range(2):
         run.layer(tokens(3, 5))
         with torch.no_grad():
             run.layer(tokens(3, 5))
     run.handle.step()
-    same(run.state(), before)
+    same(settled(run), before)
 
 
 def through_bytes(layer):

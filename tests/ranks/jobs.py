@@ -47,7 +47,7 @@ def train(rank: int, layer: MoE, model: Callable[..., Tensor], steps: list[Step]
         for left, x in zip(reversed(range(len(step[rank]))), step[rank]):
             with nullcontext() if sync or not left else model.no_sync():
                 outputs.append(model(x))
-                loss = handle.follow(loss_of(outputs[-1], reduction="sum"), reduction="sum")
+                loss = handle.follow(loss_of(outputs[-1], reduction="sum"), count=len(x))
                 (loss * (len(step) / total)).backward()  # DDP takes the mean over ranks
         optimizer.step()
         reports.append({"outputs": torch.cat(outputs).detach(), **left_by_a_step(layer)})

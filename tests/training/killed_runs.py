@@ -95,20 +95,20 @@ def kill_often(config: TrainConfig) -> None:
 
 
 def stop(config: TrainConfig, path: Path) -> list[dict]:
-    """Stop a run by either signal at a step of its own choice, and resume it; both as commands."""
+    """Stop a run by SIGINT, and by two SIGTERM, at a step of its own choice, and resume it; all as commands."""
     save(config, path)
     stops = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number, times in ((signal.SIGINT, 1), (signal.SIGTERM, 2)):
         logged = len(list(read(Path(config.out))))
         child = forked(lambda: cli.main(["train", "--config", str(path)]))
         while len(list(read(Path(config.out)))) < logged + 2:
             time.sleep(0.002)
-        os.kill(child, number)
+        for _ in range(times):
+            os.kill(child, number)
         code = ended(child)
         *_, last = read(Path(config.out))
-        stops.append(
-            {"code": code, "logged": last["step"], "saved": checkpoint.latest(Path(config.out, CHECKPOINTS)).name}
-        )
+        saved = checkpoint.latest(Path(config.out, CHECKPOINTS))
+        stops.append({"code": code, "logged": last["step"], "saved": saved.name})
     assert ended(forked(lambda: cli.main(["train", "--config", str(path)]))) == 0
     return stops
 

@@ -12,6 +12,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from equipoise.config import TrainConfig, load
 from equipoise.training import checkpoint
 from equipoise.training.loop import train
@@ -32,10 +34,11 @@ def main(config: TrainConfig, folder: Path) -> None:
         if self.done == 4 and RANK == 1 and "stopped" in self.config.out and "stopped" not in seen:
             os.kill(os.getpid(), signal.SIGTERM)
         values = plain(self)
-        seen["weights"] = [float(weight.double().sum()) for weight in self.model.parameters()]
+        seen["weights"] = [weight.detach().double().sum().item() for weight in self.model.parameters()]
         return values
 
     Trainer.step = watched
+    dist.init_process_group("gloo")
     train(replace(config, out=str(folder / "alone")))
     stopped = replace(config, out=str(folder / "stopped"))
     try:
@@ -46,6 +49,7 @@ def main(config: TrainConfig, folder: Path) -> None:
     if RANK == 0:
         shutil.copytree(folder / "stopped", folder / "left")
     train(stopped)
+    dist.destroy_process_group()
     (folder / f"rank{RANK}.json").write_text(json.dumps(seen))
 
 

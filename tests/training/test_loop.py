@@ -281,7 +281,7 @@ def test_another_thread_count_is_refused_unless_allowed(interrupted, alone: Path
     config = interrupted()
     two = dataclasses.replace(config, threads=2)
     try:
-        with pytest.raises(UserError, match=r"cannot continue bit for bit: threads was 1 and is 2. Resume it where"):
+        with pytest.raises(UserError, match=r"cannot continue bit for bit: threads was 1 and is 2\. Resume it"):
             train(two)
         train(dataclasses.replace(two, allow_inexact=True))
     finally:
@@ -307,7 +307,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_taken_when_told(
     config = interrupted()
     file = next(Path(config.out, CHECKPOINTS, "step-00000006").glob("*.safetensors"))
     whole = file.read_bytes()
-    for damaged in (whole[:-9], whole[:-9] + bytes(9), b""):
+    for damaged in (whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"step-00000006/.* is damaged: .*; --allow-previous takes the one before"):
             train(config)
@@ -463,9 +463,8 @@ def test_a_run_of_two_ranks_goes_on_with_one_only_when_told(ranks: SimpleNamespa
     with pytest.raises(UserError, match=r"lacks|without a place|ranks was 2 and is 1"):
         train(config)
     result = train(dataclasses.replace(config, allow_inexact=True))
-    assert result["loss"] == pytest.approx(
-        json.loads((ranks.folder / "alone" / RESULT_FILE).read_text())["loss"], rel=1e-4
-    )
+    theirs = json.loads((ranks.folder / "alone" / RESULT_FILE).read_text())
+    assert result["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 def test_without_experts_there_is_nothing_to_balance(make, tmp_path: Path) -> None:

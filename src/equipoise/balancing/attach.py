@@ -55,31 +55,32 @@ class Handle:
         self.group = group
         self.world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self.loss_scale: Scale | None = None
-        self._followed: tuple[Scale, str] | None = None
+        self._followed: Tensor | None = None
         self._optimizers, self._stepped = optimizers, set[int]()
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         self._undo = [self._watch_zero_grad(optimizer) for optimizer in optimizers]
         for layer in self.layers.values():
-            layer.window.handle = self
+            layer.window.handle, layer.window.warned = self, False
 
-    def follow(self, loss: Tensor, reduction: str = "mean") -> Tensor:
+    def follow(self, loss: Tensor, count: Tensor | int | None = None) -> Tensor:
         """Return the loss unchanged; its backward tells the balancing losses by what factor the loop scaled it.
 
         Args:
-            loss: 0-d; the micro-batch's training loss before accumulation, GradScaler or token sums scale it.
-            reduction: ``"mean"`` over the micro-batch's tokens, or their ``"sum"``.
+            loss: 0-d; the micro-batch's training loss before accumulation, GradScaler or token counts scale it.
+            count: how many tokens' losses it is the sum of; None where it is a mean.
         """
         shape = tuple(loss.shape)
         require(not shape, f"follow takes the 0-d loss, not a tensor of shape {shape}; reduce it first.")
-        require(reduction in ("mean", "sum"), f"reduction={reduction!r} is unknown; choose 'mean' or 'sum'.")
-        return _follow(loss, self, reduction)  # pyright: ignore[reportCallIssue] - torch leaves disable untyped
+        return _follow(loss, self, count)  # pyright: ignore[reportCallIssue] - torch leaves disable untyped
 
-    def scale_of(self, tokens: Tensor) -> Scale | None:
-        """The factor on a loss that is a mean over ``tokens`` tokens; None where nobody gave it."""
-        if self._followed is None:
-            return self.loss_scale
-        scale, reduction = self._followed
-        return scale * tokens if reduction == "sum" else scale
+    @property
+    def scale(self) -> Scale | None:
+        """The factor that this backward pass has on a mean loss; None where nobody gave it."""
+        return self.loss_scale if self._followed is None else self._followed
+
+    def forget_scale(self) -> None:
+        """A factor is good for the backward pass that applied it, not for a later one that nobody follows."""
+        self._followed = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -90,8 +91,9 @@ class Handle:
         sums = [layer.window.sums or layer.blank_statistics() for layer in self.layers.values()]
         if self.world_size > 1:
             _all_reduce(sums, self.group)
+        trained = torch.stack([total["calls"] for total in sums]).sum() > 0  # on some rank; asked without a wait
         for layer, total in zip(self.layers.values(), sums):
-            layer.commit(total)
+            layer.commit(total, trained)
         self.discard()
 
     def discard(self) -> None:
@@ -107,8 +109,8 @@ class Handle:
         for undo in self._undo:
             undo()
         for layer in self.layers.values():
-            layer.window.handle = None
-            layer.window.last = {}
+            layer.window.handle, layer.window.last = None, {}
+            layer.window.clear()
         self.layers = {}
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -145,22 +147,21 @@ class Handle:
 
 
 @torch.compiler.disable
-def _follow(loss: Tensor, handle: Handle, reduction: str) -> Tensor:
+def _follow(loss: Tensor, handle: Handle, count: Tensor | int | None) -> Tensor:
     """Its backward acts on the handle, which no compiled graph may swallow."""
-    return _Follow.apply(loss, handle, reduction)  # type: ignore[return-value]
+    return _Follow.apply(loss, handle, count)  # type: ignore[return-value]
 
 
 class _Follow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, handle: Handle, reduction: str) -> Tensor:
-        ctx.handle, ctx.reduction = handle, reduction
+    def forward(ctx: Any, loss: Tensor, handle: Handle, count: Tensor | int | None) -> Tensor:
+        ctx.handle, ctx.count = handle, 1 if count is None else count
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        ctx.handle._followed = grad.detach(), ctx.reduction
-        # A factor is good for the backward pass that applied it, not for a later one that nobody follows.
-        Variable._execution_engine.queue_callback(lambda: setattr(ctx.handle, "_followed", None))
+        ctx.handle._followed = grad.detach() * ctx.count
+        Variable._execution_engine.queue_callback(ctx.handle.forget_scale)
         return grad, None, None
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from equipoise.balancing.tap import refuse_lost_backward
+from equipoise.balancing.recomputation import in_backward, refuse_lost_backward
 from equipoise.balancing.window import Window
 from equipoise.contracts import Call, NonFiniteError, Routing, Scores, Stateful, UserError
 
@@ -55,6 +55,7 @@ class BalancedLayer(nn.Module):
         learns = any(isinstance(p, Stateful) or getattr(p, "needs_all_ranks", False) for p in self._parts().values())
         self.window = Window(balancers, learns)
         self.override: Hook | None = None
+        self._override_of_forward: Hook | None = None
         self.routing: Routing | None = None
         self.logit_total: Tensor | None = None
 
@@ -69,8 +70,8 @@ class BalancedLayer(nn.Module):
         Fails: UserError for tokens of a wrong width or type, or a mask that does not fit them.
         """
         self._check(x, mask)
-        if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            refuse_lost_backward()
+        if self.training and not torch.compiler.is_compiling():
+            self._note_checkpointing()
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if mask is None else mask.reshape(-1)
         if mask_T is not None:
@@ -78,6 +79,12 @@ class BalancedLayer(nn.Module):
         length = x.shape[-2] if x.dim() > 2 else max(1, x_TD.shape[0])
         sequence_T = torch.arange(x_TD.shape[0], device=x.device) // length
         return Call(x_TD, mask_T, sequence_T, self.top_k, self.step, self.router, self.experts, self.training)
+
+    def choose(self, call: Call, scores: Scores) -> Routing:
+        """Let the selector choose the rows, or the hook that overrides it."""
+        compiling = torch.compiler.is_compiling()
+        hook = self.override if compiling or not in_backward() else self._override_of_forward
+        return self.selector(call, scores) if hook is None else hook(call, scores, self.selector)
 
     def refuse_nonfinite(self, scores: Scores) -> None:
         """Stop at NaN or infinite logits where looking is free; elsewhere ``logit_total`` tells whoever synchronises.
@@ -109,21 +116,37 @@ class BalancedLayer(nn.Module):
 
     def blank_statistics(self) -> dict[str, Tensor]:
         """The statistics of a window in which this rank saw nothing, for ranks that must add something."""
-        x_TD = next(self.router.parameters()).new_zeros(0, self.router.weight.shape[1])
+        weight = self.router.weight  # may be sharded, and so is only asked for its shape
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        x_TD = torch.zeros(0, weight.shape[1], dtype=dtype, device=weight.device)
         call = Call(x_TD, None, x_TD.new_zeros(0).long(), self.top_k, self.step, self.router, self.experts, True)
-        scores = self.scorer(call)
+        scores = Scores(*[x_TD.new_zeros(0, self.num_experts)] * 4)
         routing = self.selector(call, scores)
         losses = {f"loss.{name}": scores.prob_TE.new_zeros(()) for name in self.losses(call, scores, routing)}
         return self.statistics(call, scores, routing) | {"calls": torch.zeros_like(self.step)} | losses
 
-    def commit(self, total: dict[str, Tensor]) -> None:
-        """Move every part that learns by a finished window's sums over all ranks."""
+    def commit(self, total: dict[str, Tensor], trained: Tensor) -> None:
+        """Move every part that learns by a finished window's sums over all ranks.
+
+        Args:
+            trained: 0-d bool, whether any layer on any rank saw a micro-batch.
+        """
         for part, module in self._parts().items():
             if isinstance(module, Stateful):
                 own = {name.partition(".")[2]: value for name, value in total.items() if name.startswith(f"{part}.")}
                 module.update(own)
-        self.step += 1
+        self.step += trained.to(self.step.device)
         self.window.last = total
+
+    def _note_checkpointing(self) -> None:
+        """Refuse a checkpoint that loses its backward; remember what a recomputation must do."""
+        if not torch.is_grad_enabled():
+            refuse_lost_backward()
+        if in_backward():
+            return
+        self._override_of_forward = self.override
+        if self.window.handle is not None:
+            self.window.handle.forget_scale()  # of a backward pass that failed
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         dim = self.router.weight.shape[1]

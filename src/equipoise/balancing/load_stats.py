@@ -81,8 +81,8 @@ def load_stats(model: nn.Module) -> dict[str, LoadStats]:
 def _of(name: str, layer: BalancedLayer) -> LoadStats:
     last = layer.window.last
     if last:
-        calls = max(1, int(last["calls"]))
-        values = {key: float(last[f"loss.{key}"]) / calls for key in layer.balancers if f"loss.{key}" in last}
+        tokens = max(1, int(last["tokens"]))
+        values = {key: float(last[f"loss.{key}"]) / tokens for key in layer.balancers if f"loss.{key}" in last}
         loss = {key: (value, value * layer.balancers[key].weight) for key, value in values.items()}
         return LoadStats.of(last["demand_E"], int(last["dropped"]), loss, scope="window")
     if layer.routing is None:

@@ -8,16 +8,15 @@ It is a custom operator, so that ``torch.compile`` neither looks into it nor reo
 depends on an output that the graph needs.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 from equipoise.balancing.flat import pack
+from equipoise.balancing.recomputation import is_repeated
 from equipoise.balancing.window import Window
-from equipoise.contracts import Routing, UserError
+from equipoise.contracts import Routing
 
 _OPAQUE = (torch.Tag.cudagraph_unsafe,)  # a replayed CUDA graph would skip the host's part
 
@@ -36,9 +35,9 @@ def _tap_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the weights, of the anchor and of the losses' carriers; the window is told on the way."""
     anchor = torch.zeros(())
-    if int(ticket):
+    if int(ticket) or is_repeated():
         return grad_N.clone(), anchor, torch.zeros_like(carrier)
-    ticket.fill_(1)  # not declared: to the compiler the ticket is an ordinary saved tensor, and only we look at it
+    ticket.data.fill_(1)  # unseen by autograd and the compiler, to whom it is an ordinary saved tensor
     with torch.no_grad():
         gradient = Window.of(key).record(carrier, count, amount, layout)
     return grad_N.clone(), anchor, gradient.clone() if gradient is carrier else gradient
@@ -84,23 +83,3 @@ def tap(window: Window, routing: Routing, losses: dict[str, Tensor], statistics:
     (carrier, count, amount), layouts = zip(*packed)
     weight_N, _ = _tap(routing.weight_N, window.anchor, carrier, count, amount, window.key, ";".join(layouts))
     return Routing(routing.token_N, routing.expert_N, weight_N, routing.load_E, routing.dropped_E)
-
-
-def refuse_lost_backward() -> None:
-    """Refuse reentrant checkpointing none of whose inputs requires grad: its backward, and so the tap's, never runs.
-
-    Fails: UserError. Called where a training layer finds gradients switched off, which is what such a checkpoint does.
-    """
-    frame, outermost = sys._getframe(), None
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            outermost = frame
-        frame = frame.f_back
-    if outermost is None:
-        return
-    inputs = outermost.f_locals["args"]
-    if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
-        raise UserError(
-            "Reentrant checkpointing around an MoE layer needs an input that requires grad, or nothing inside is "
-            "trained; use checkpoint(..., use_reentrant=False), or x.requires_grad_()."
-        )

@@ -94,9 +94,9 @@ class Window:
         now = unpack(count, counts)
         before = unpack(self._flat[1], counts)["demand_E"] if self._flat else 0
         demand_E = self._over_ranks(now["demand_E"] + before, carriers)
-        scale = self._scale(bool(carriers), now["tokens"])
+        scale = self._scale(bool(carriers))
         slopes = {name: self.balancers[name].slope(value, demand_E) for name, value in carriers.items()}
-        values = [(slopes[name] * value).sum() for name, value in carriers.items()]
+        values = [(slopes[name] * value).sum() * now["tokens"] for name, value in carriers.items()]
         flat = [torch.stack(values) if values else carrier, count, amount]
         self._flat = [a + b for a, b in zip(self._flat, flat)] if self._flat else flat
         self._layout, self._calls = layout, self._calls + 1
@@ -110,9 +110,9 @@ class Window:
             dist.all_reduce(demand_E, group=self.handle.group)
         return demand_E
 
-    def _scale(self, has_losses: bool, tokens: Tensor) -> Tensor | float:
+    def _scale(self, has_losses: bool) -> Tensor | float:
         """The factor the loop applies to its loss; 1, and a warning, where nobody said."""
-        scale = None if self.handle is None else self.handle.scale_of(tokens)
+        scale = None if self.handle is None else self.handle.scale
         needs_attach = self.handle is None and self.learns
         if not self.warned and (needs_attach or (has_losses and scale is None)):
             self.warned = True

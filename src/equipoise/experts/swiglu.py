@@ -37,17 +37,17 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim).normal_(std=dim**-0.5))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim).normal_(std=hidden_dim**-0.5))
 
-    def forward(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+    def forward(self, x: Float[Tensor, "*batch D"], routing: Routing) -> Float[Tensor, "*batch D"]:
         """Compute the routed rows and return, per token, the weighted sum of its experts' answers."""
         gate_up, down = self.gate_up, self.down
-        kind = x_TD.device.type
+        kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-            x_TD, gate_up, down = x_TD.to(dtype), gate_up.to(dtype), down.to(dtype)
-        same = x_TD.dtype == gate_up.dtype
-        require(same, f"The tokens are {x_TD.dtype}, but the experts {gate_up.dtype}; convert one of them with .to().")
-        self.kernel_used = kernel = choose(self.kernel, x_TD.dtype, (*gate_up.shape[1:], down.shape[2]))
-        return swiglu(x_TD, routing.token_N, routing.weight_N, gate_up, down, routing.load_E.cumsum(0), kernel)[0]
+            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        same = x.dtype == gate_up.dtype
+        require(same, f"The tokens are {x.dtype}, but the experts {gate_up.dtype}; convert one of them with .to().")
+        self.kernel_used = kernel = choose(self.kernel, x.dtype, (*gate_up.shape[1:], down.shape[2]))
+        return swiglu(x, routing.token_N, routing.weight_N, gate_up, down, routing.load_E.cumsum(0), kernel)[0]
 
 
 class DenseSwiGLU(nn.Module):

@@ -71,7 +71,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         budget = _budget(folder, config, text)
         steps = max(1, round(budget["flops"] / _step_flops(config, text)))
         runs = [
-            _run(_train_config(config, method, budget, steps, seed), text) | {"notes": _notes(method)}
+            _run(_train_config(config, method, budget, steps, seed), text)
             for seed in range(config.seeds)
             for method in config.methods
         ]
@@ -143,7 +143,7 @@ def _base(config: CompareConfig, method: str, seed: int, out: str) -> TrainConfi
     shared: dict[str, Any] = {item.name: getattr(config, item.name) for item in fields(RunConfig)}
     items = _settings(config)[method]
     chosen = find(method)
-    if not chosen.causal and not any(item.startswith(f"{chosen.selector}.evaluation=") for item in items):
+    if not chosen.causal and not _sets(items, f"{chosen.selector}.evaluation"):
         items += (f"{chosen.selector}.evaluation=top_k",)
     model = replace(config.model, method=method, set=items)
     return TrainConfig(**(shared | {"model": model, "seed": seed, "out": out, "tensorboard": False}))
@@ -153,7 +153,7 @@ def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], st
     """The run of one method and seed, with what scales to its length."""
     run = _base(config, method, seed, out=str(Path(config.out) / RUNS / f"{method}-seed{seed}"))
     items = run.model.set
-    if "bias" in parts_of(find(method)) and not any(item.startswith("bias.rate=") for item in items):
+    if "bias" in parts_of(find(method)) and not _sets(items, "bias.rate"):
         items += (f"bias.rate={bias_rate(steps):.2g}",)
     every = max(1, steps // 100)
     return replace(
@@ -194,13 +194,13 @@ def _train(config: TrainConfig, folder: Path) -> None:
     with signals() as received:
         # A process group of its own: Ctrl-C reaches us alone, and we pass it on once.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, process_group=0, env=SHORT_SPINS | os.environ)
-        while process.poll() is None:
+        while process.poll() is None and not received:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.2)
-            if received:
-                process.send_signal(received[0])
-                process.wait()
-                raise Interrupted(received[0], folder)
+        if received:
+            process.send_signal(received[0])
+            process.wait()
+            raise Interrupted(received[0], folder)
     if process.returncode:
         raise UserError(
             f"The run of {config.model.method}, seed {config.seed}, stopped with exit code {process.returncode} (its "
@@ -218,13 +218,25 @@ def _results(
         "budget": budget,
         "data": {"source": config.data.source, **text},
         "baseline": config.baseline,
-        "runs": [{key: value for key, value in run.items() if key != "text"} for run in runs],
+        "runs": [
+            {key: value for key, value in run.items() if key != "text"} | {"notes": _notes(config, run)} for run in runs
+        ],
     }
     return results | {"power": power(results)}
 
 
-def _notes(method: str) -> list[str]:
+def _notes(config: CompareConfig, run: dict[str, Any]) -> list[str]:
     """What a reader must know to read a method's row rightly."""
-    if find(method).causal:
-        return []
-    return ["Validated with every token choosing its top K, since experts cannot choose left to right."]
+    notes = []
+    if "bias.rate" in run["settings"] and not _sets(config.model.set, "bias.rate"):
+        notes.append(f"bias.rate is {run['settings']['bias.rate']:g}, scaled to the {run['steps']} steps of the run.")
+    if not run["causal"]:
+        notes.append(
+            "Trained with experts choosing among all tokens, later ones included, so its training loss is not "
+            "comparable; validated with every token choosing its top K."
+        )
+    return notes
+
+
+def _sets(items: tuple[str, ...], name: str) -> bool:
+    return any(item.startswith(f"{name}=") for item in items)

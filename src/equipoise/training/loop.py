@@ -53,8 +53,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with world(config) as ranks, signals() as received, claim(folder, config, FREE) if ranks.leads else nullcontext():
         if (folder / RESULT_FILE).exists():
             return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        trainer = Trainer(config, ranks, read_text(config.data, config.optimizer, config.seed))
-        with closing(Run(trainer)) as run:
+        text = read_text(config.data, config.optimizer, config.seed)
+        with closing(Trainer(config, ranks, text)) as trainer, closing(Run(trainer)) as run:
             with Progress(trainer, shown=ranks.leads) as progress:
                 while not trainer.finished:
                     progress.show(run.step())

@@ -70,7 +70,7 @@ class World:
 
 @contextlib.contextmanager
 def world(config: TrainConfig) -> Iterator[World]:
-    """Join torchrun's ranks where there are some. Fails: UserError for CUDA that is not there."""
+    """Join torchrun's ranks, unless the caller has done so. Fails: UserError for CUDA that is not there."""
     device = choose_device(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -80,12 +80,26 @@ def world(config: TrainConfig) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    joined = dist.is_initialized()
+    if not joined:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), size, device)
-        dist.barrier()  # a rank that leaves early aborts the others' gloo threads
+        with _together():
+            yield World(dist.get_rank(), size, device)
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Leave with all ranks, at the end and on a signal: one that leaves early aborts the others' gloo threads."""
+    try:
+        yield
+    except Interrupted:
+        dist.barrier()
+        raise
+    dist.barrier()
 
 
 def choose_device(config: RunConfig) -> torch.device:
@@ -210,13 +224,14 @@ def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") ->
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one of a kind acts as usual."""
+    """Collect SIGINT and SIGTERM instead of dying of them; a second SIGINT, of somebody impatient, acts as usual."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
     def note(number: int, frame: types.FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:  # a second SIGTERM is the first once more, sent to all and passed on by torchrun
+            signal.signal(number, before[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)

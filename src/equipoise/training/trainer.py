@@ -112,6 +112,13 @@ class Trainer:
         self.flops += self._sum_over_ranks(self.ledger.step_flops(token_BS[:, 1:].numel(), rows).total)
         return scaled.detach()
 
+    def close(self) -> None:
+        """Let go of DDP while its process group stands: a reducer that outlives the group can wait for ever.
+
+        It would join gloo's thread while it holds the interpreter's lock, which that thread may need.
+        """
+        self.parallel = None
+
     def evaluate(self) -> Evaluation:
         """One pass over the validation text, on every rank alike.
 

@@ -1,0 +1,304 @@
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from equipoise import cli
+from equipoise.config import CompareConfig, TrainConfig, load, save, to_dict
+from equipoise.contracts import UserError
+from equipoise.training import checkpoint
+from equipoise.training import compare as module
+from equipoise.training.compare import BUDGET_FILE, REPORT_FILE, RESULTS_FILE, compare
+from equipoise.training.loop import train
+from equipoise.training.metrics import read
+from equipoise.training.run import CHECKPOINTS, CONFIG_FILE, RESULT_FILE, Interrupted, claim, differences
+from equipoise.training.text import read_text
+from tiny_runs import outcome, parts, write_text
+
+STEP_FLOPS = 3_981_312  # of the tiny run; see test_trainer
+FLOPS = 80.4 * STEP_FLOPS
+RUNS = [("unbalanced", 0), ("loss_free", 0), ("unbalanced", 1), ("loss_free", 1)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def make(text: Path):
+    """Makes the configuration of a tiny comparison."""
+
+    def make(out: Path, **settings: Any) -> CompareConfig:
+        budget = {} if "minutes" in settings else {"flops": FLOPS}
+        methods = settings.pop("methods", ("unbalanced", "loss_free"))
+        model = {"method": methods[0]} | settings.pop("model", {})
+        return CompareConfig(**parts(text, out, model=model, methods=methods, **budget | settings))
+
+    return make
+
+
+def until(happened, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.005)
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each finished run wrote its result."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in sorted(folder.glob(f"runs/*/{RESULT_FILE}"))}
+
+
+@pytest.fixture(scope="module")
+def compared(make, tmp_path_factory) -> SimpleNamespace:
+    """Two methods and two seeds, killed in the second run, stopped in the third; then a third method joins."""
+    folder = tmp_path_factory.mktemp("compared")
+    config = make(folder / "out", seeds=2)
+    out, environment = folder / "out", os.environ | {"OMP_NUM_THREADS": "1"}
+    save(config, folder / "config.toml")
+    command = [sys.executable, "-m", "equipoise", "compare", "--config", str(folder / "config.toml")]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    until(lambda: (out / "runs/loss_free-seed0/metrics.jsonl").exists())
+    process.kill()
+    process.wait()
+    after_kill = written(out)
+
+    third = out / "runs/unbalanced-seed1"
+    stopper = threading.Thread(
+        target=lambda: (until((third / CONFIG_FILE).exists), os.kill(os.getpid(), signal.SIGINT))
+    )
+    stopper.start()
+    with pytest.raises(Interrupted) as stop:
+        compare(config)
+    stopper.join()
+    saved = checkpoint.latest(third / CHECKPOINTS)
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = cli.main([*command[3:], "--json"])
+    after_two = written(out)
+    results = compare(dataclasses.replace(config, methods=("unbalanced", "expert_choice", "loss_free")))
+    after_three = written(out)
+    return SimpleNamespace(**locals())
+
+
+def test_a_killed_comparison_goes_on_where_it_was(compared: SimpleNamespace) -> None:
+    """The run that it left behind goes on alone, and is waited for, not repeated."""
+    assert list(compared.after_kill) == ["unbalanced-seed0"]
+    assert compared.after_two["unbalanced-seed0"] == compared.after_kill["unbalanced-seed0"]
+    assert not list((compared.out / "runs/loss_free-seed0" / CHECKPOINTS).glob("*"))[:0]
+    assert len(list(read(compared.out / "runs/loss_free-seed0"))) == 80
+
+
+def test_a_stopped_comparison_lets_its_run_save(compared: SimpleNamespace) -> None:
+    assert compared.stop.value.signal == signal.SIGINT
+    assert str(compared.third) in str(compared.stop.value)
+    assert compared.saved.name < "step-00000080"
+    alone = load(TrainConfig, compared.out / "runs/unbalanced-seed1.toml")
+    train(dataclasses.replace(alone, out=str(compared.folder / "alone")))
+    assert outcome(compared.third) == outcome(compared.folder / "alone")
+
+
+def test_json_on_stdout_is_results_json(compared: SimpleNamespace) -> None:
+    assert compared.code == 0
+    printed = json.loads(compared.printed.getvalue())
+    assert [(run["method"], run["seed"]) for run in printed["runs"]] == RUNS
+    assert json.loads((compared.out / RESULTS_FILE).read_text()) == compared.results
+    of_two = {(run["method"], run["seed"]): run for run in compared.results["runs"]}
+    assert all(of_two[run["method"], run["seed"]] == run for run in printed["runs"])
+
+
+def test_results_have_every_promised_key(compared: SimpleNamespace) -> None:
+    results = compared.results
+    assert list(results) == ["environment", "settings", "budget", "data", "baseline", "runs", "power"]
+    assert (results["environment"]["device"], results["environment"]["threads"]) == ("cpu", 1)
+    assert results["settings"] == to_dict(load(CompareConfig, compared.out / CONFIG_FILE))
+    assert results["budget"] == {"flops": FLOPS, "minutes": None, "flops_per_second": None}
+    assert set(results["data"]) == {"source", "tokenizer", "vocab_size", "digest", "domains"}
+    assert results["baseline"] == "unbalanced"
+    assert results["power"].startswith("With 2 seeds, differences in perplexity under ")
+    promised = (
+        "method seed steps tokens flops loss perplexity max_vio_global max_vio_batch dead_experts load_cv load_entropy "
+        "specialisation tokens_per_second peak_memory_bytes per_layer causal settings kernel curve validation notes"
+    )
+    for run in results["runs"]:
+        assert set(run) == set(promised.split())
+        assert len(run["per_layer"]) == 2
+        assert run["perplexity"] == math.exp(run["loss"])
+        assert run["tokens_per_second"] > 0
+        assert run["peak_memory_bytes"] > 50e6
+        assert [point["step"] for point in run["validation"]] == [16, 32, 48, 64, 80]
+        assert len(run["curve"]) == 80
+    assert (compared.out / REPORT_FILE).stat().st_size > 1e6
+
+
+def test_all_runs_spend_the_same_flops_on_the_same_text_in_the_same_order(compared: SimpleNamespace) -> None:
+    runs = compared.results["runs"]
+    assert {(run["flops"], run["steps"], run["tokens"]) for run in runs} == {(80 * STEP_FLOPS, 80, 80 * 64)}
+    configs = [load(TrainConfig, path) for path in sorted(compared.out.glob("runs/*.toml"))]
+    assert len(configs) == 6
+    for one in configs:
+        differing = differences(to_dict(configs[0]), to_dict(one))
+        assert differing <= {"model.method", "model.set", "seed", "out"}
+    losses = {(run["method"], run["seed"]): run["curve"][0]["loss"] for run in runs}
+    for seed in (0, 1):  # the same weights and the same first batch, through other experts
+        assert losses["loss_free", seed] == pytest.approx(losses["unbalanced", seed], rel=0.02)
+        assert losses["expert_choice", seed] == pytest.approx(losses["unbalanced", seed], rel=0.02)
+    assert losses["unbalanced", 0] != losses["unbalanced", 1]
+
+
+def test_what_scales_with_the_length_is_scaled_recorded_and_told(compared: SimpleNamespace) -> None:
+    runs = {run["method"]: run for run in compared.results["runs"]}
+    assert runs["loss_free"]["settings"]["bias.rate"] == 0.019
+    assert runs["loss_free"]["notes"] == ["bias.rate is 0.019, scaled to the 80 steps of the run."]
+    assert runs["unbalanced"]["notes"] == []
+    for method in runs:
+        *_, last = read(compared.out / f"runs/{method}-seed0")
+        assert (last["step"], last["learning_rate"]) == (80, 3e-4)
+
+
+def test_a_method_that_looks_ahead_is_validated_left_to_right_and_marked(compared: SimpleNamespace) -> None:
+    for run in compared.results["runs"]:
+        assert run["causal"] is (run["method"] != "expert_choice")
+        if not run["causal"]:
+            assert run["settings"]["expert_choice.evaluation"] == "top_k"
+            assert "not comparable; validated with every token choosing its top K" in run["notes"][0]
+
+
+def test_a_method_that_joins_is_the_only_one_to_train(compared: SimpleNamespace) -> None:
+    assert set(compared.after_three) - set(compared.after_two) == {"expert_choice-seed0", "expert_choice-seed1"}
+    assert {name: compared.after_three[name] for name in compared.after_two} == compared.after_two
+    again = compare(dataclasses.replace(compared.config, methods=("expert_choice", "unbalanced")))
+    assert written(compared.out) == compared.after_three
+    assert [run["method"] for run in again["runs"]] == ["expert_choice", "unbalanced"] * 2
+
+
+def test_another_configuration_is_refused(compared: SimpleNamespace) -> None:
+    before = (compared.out / CONFIG_FILE).read_bytes()
+    with pytest.raises(UserError, match=r"holds results of another configuration \(flops\); choose another --out"):
+        compare(dataclasses.replace(compared.config, flops=2 * FLOPS))
+    assert (compared.out / CONFIG_FILE).read_bytes() == before
+
+
+def test_another_text_under_the_same_name_is_refused(compared: SimpleNamespace, tmp_path: Path) -> None:
+    copy = shutil.copytree(compared.out, tmp_path / "copy")
+    path = copy / "runs/unbalanced-seed0" / RESULT_FILE
+    result = json.loads(path.read_text())
+    result["text"]["digest"] = "0" * 16
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="The text has changed since .*unbalanced-seed0 was trained; choose another"):
+        compare(dataclasses.replace(compared.config, out=str(copy)))
+
+
+# Before the first run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("unbalanced", "swich")}, r"Unknown method 'swich' \(did you mean 'switch'\?\)"),
+        ({"model": {"set": ("bias.rat=1",)}}, "Method 'loss_free' has no setting 'bias.rat' .did you mean 'bias.rate'"),
+        ({"model": {"set": ("quantile.bins=9",)}}, "'quantile.bins=9' fits none of the methods unbalanced, loss_free"),
+        ({"model": {"top_k": 5}}, "top_k must be at most num_experts"),
+        ({"baseline": "switch"}, "baseline must be one of methods"),
+        ({"device": "cuda"}, "torch finds no CUDA device"),
+        ({"data": "no such file"}, "There is no file or folder 'no such file'"),
+        ({"seq_len": 100_000}, "The text has [0-9]+ tokens, but one sequence of seq_len 100000 takes 100001"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    make, tmp_path: Path, monkeypatch, change: dict, message: str
+) -> None:
+    monkeypatch.setattr(module.subprocess, "Popen", None)  # no run starts
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    data = {"source": change.pop("data", None), "seq_len": change.pop("seq_len", None)}
+    config = make(tmp_path / "out", **change)
+    given = {key: value for key, value in data.items() if value}
+    with pytest.raises(UserError, match=message):
+        compare(dataclasses.replace(config, data=dataclasses.replace(config.data, **given)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_reach_the_methods_that_have_them(make, tmp_path: Path) -> None:
+    config = make(tmp_path, model={"set": ("bias.rate=0.5", "top_k.renormalize=false")})
+    sets = {method: module._base(config, method, 0, "").model.set for method in config.methods}
+    assert sets == {
+        "unbalanced": ("top_k.renormalize=false",),
+        "loss_free": ("bias.rate=0.5", "top_k.renormalize=false"),
+    }
+    budget = {"flops": FLOPS}
+    assert module._train_config(config, "loss_free", budget, 80, 0).model.set == sets["loss_free"]
+    short, long = (module._train_config(make(tmp_path), "loss_free", budget, steps, 3) for steps in (80, 40_000))
+    assert (short.model.set, long.model.set) == (("bias.rate=0.019",), ("bias.rate=0.001",))
+    assert (short.seed, short.flops, Path(short.out).name) == (3, FLOPS, "loss_free-seed3")
+    assert [(c.log_every, c.validate_every, c.checkpoint_every) for c in (short, long)] == [
+        (1, 16, 50),
+        (400, 8000, 10_000),
+    ]
+    chosen = make(tmp_path, methods=("expert_choice",), baseline="expert_choice")
+    assert module._base(chosen, "expert_choice", 0, "").model.set == ("expert_choice.evaluation=top_k",)
+    own = ("expert_choice.evaluation=as_trained",)
+    chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, set=own))
+    assert module._base(chosen, "expert_choice", 0, "").model.set == own
+
+
+def test_one_comparison_at_a_time(make, tmp_path: Path) -> None:
+    config = make(tmp_path)
+    with claim(tmp_path, config, set()), pytest.raises(UserError, match="Another process is working in"):
+        compare(config)
+
+
+def test_a_run_that_fails_is_named_and_can_be_mended(make, tmp_path: Path, capfd) -> None:
+    """Nothing came of it, so that the same folder takes the mended configuration."""
+    config = make(tmp_path, methods=("unbalanced",))
+    broken = dataclasses.replace(config.optimizer, learning_rate=1e30, min_learning_rate=0.0, warmup=0.0)
+    with pytest.raises(UserError, match="The run of unbalanced, seed 0, stopped with exit code 2"):
+        compare(dataclasses.replace(config, optimizer=broken))
+    said = capfd.readouterr().err
+    assert said.startswith("equipoise: Step 2, ")
+    assert "Traceback" not in said
+    assert compare(dataclasses.replace(config, flops=3 * STEP_FLOPS))["runs"][0]["steps"] == 3
+
+
+# Minutes
+
+
+def test_minutes_become_one_flop_budget_that_is_measured_once(make, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"0\.001 minutes are too few for 2 runs on this machine; give at least [0-9.]+,"
+    ):
+        compare(make(tmp_path, minutes=0.001))
+    assert not (tmp_path / BUDGET_FILE).exists()
+
+    config = make(tmp_path, minutes=60.0)  # not refused, though the folder was tried with other minutes
+    data = read_text(config.data, config.optimizer, seed=0)
+    with claim(tmp_path, config, set()):
+        budget = module._budget(tmp_path, config, data)
+        measured = (tmp_path / "calibration" / RESULT_FILE).stat().st_mtime_ns
+        assert module._budget(tmp_path, config, data) == budget
+    *_, last = read(tmp_path / "calibration")
+    per_second = last["tokens_per_second"] * STEP_FLOPS / 64
+    assert budget["minutes"] == 60.0
+    assert budget["flops_per_second"] == pytest.approx(per_second)
+    seconds = budget["flops"] / per_second
+    assert 30 * 60 * 0.92 - 120 < seconds < 30 * 60 * 0.92  # of each of two runs, less what comes beside its steps
+
+    (tmp_path / BUDGET_FILE).write_text(json.dumps(budget | {"flops": 2.2 * STEP_FLOPS}))
+    results = compare(config)
+    assert results["budget"] == budget | {"flops": 2.2 * STEP_FLOPS}
+    assert [run["steps"] for run in results["runs"]] == [2, 2]
+    assert (tmp_path / "calibration" / RESULT_FILE).stat().st_mtime_ns == measured
