@@ -10,7 +10,7 @@ demo: $(VENV)/.demo ## compare balancing methods on real text: runs/demo/report.
 
 test: $(VENV)/.dev ## the README's test command
 	$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow"

@@ -31,14 +31,15 @@ CASES = {
 class PlainExperts(SwiGLU):
     """The experts as one dense feed-forward after the other, in products that torch's counter knows."""
 
-    def forward(self, x_TD, routing):
+    def forward(self, x, routing):
+        x_TD = x.flatten(0, -2)
         y_TD, start = torch.zeros_like(x_TD), 0
         for gate_up, down, load in zip(self.gate_up, self.down, routing.load_E.tolist()):
             token_N, weight_N = routing.token_N[start : start + load], routing.weight_N[start : start + load]
             gate, up = F.linear(x_TD[token_N], gate_up).chunk(2, dim=-1)
             y_TD = y_TD.index_add(0, token_N, F.linear(F.silu(gate) * up, down) * weight_N[:, None])
             start += load
-        return y_TD
+        return y_TD.view(x.shape)
 
 
 @pytest.fixture(params=CASES)

@@ -53,7 +53,6 @@ class Handle:
         attached = any(layer.window.handle is not None for layer in self.layers.values())
         require(not attached, "The model is attached already; call .remove() of its handle first.")
         self.group = group
-        self.world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self.loss_scale: Scale | None = None
         self._followed: Tensor | None = None
         self._optimizers, self._stepped = optimizers, set[int]()
@@ -72,6 +71,11 @@ class Handle:
         shape = tuple(loss.shape)
         require(not shape, f"follow takes the 0-d loss, not a tensor of shape {shape}; reduce it first.")
         return _follow(loss, self, count)  # pyright: ignore[reportCallIssue] - torch leaves disable untyped
+
+    @property
+    def world_size(self) -> int:
+        """The ranks whose counts belong to one step."""
+        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
 
     @property
     def scale(self) -> Scale | None:
@@ -160,7 +164,8 @@ class _Follow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        ctx.handle._followed = grad.detach() * ctx.count
+        exact = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))  # a count may be too large for fp16
+        ctx.handle._followed = exact * ctx.count
         Variable._execution_engine.queue_callback(ctx.handle.forget_scale)
         return grad, None, None
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from equipoise.balancing.recomputation import in_backward, refuse_lost_backward
+from equipoise.balancing.recomputation import current_checkpoint, in_backward, refuse_lost_backward
 from equipoise.balancing.window import Window
 from equipoise.contracts import Call, NonFiniteError, Routing, Scores, Stateful, UserError
 
@@ -55,7 +55,6 @@ class BalancedLayer(nn.Module):
         learns = any(isinstance(p, Stateful) or getattr(p, "needs_all_ranks", False) for p in self._parts().values())
         self.window = Window(balancers, learns)
         self.override: Hook | None = None
-        self._override_of_forward: Hook | None = None
         self.routing: Routing | None = None
         self.logit_total: Tensor | None = None
 
@@ -82,8 +81,7 @@ class BalancedLayer(nn.Module):
 
     def choose(self, call: Call, scores: Scores) -> Routing:
         """Let the selector choose the rows, or the hook that overrides it."""
-        compiling = torch.compiler.is_compiling()
-        hook = self.override if compiling or not in_backward() else self._override_of_forward
+        hook = self.override if torch.compiler.is_compiling() else self._hook()
         return self.selector(call, scores) if hook is None else hook(call, scores, self.selector)
 
     def refuse_nonfinite(self, scores: Scores) -> None:
@@ -139,14 +137,23 @@ class BalancedLayer(nn.Module):
         self.window.last = total
 
     def _note_checkpointing(self) -> None:
-        """Refuse a checkpoint that loses its backward; remember what a recomputation must do."""
+        """Refuse a checkpoint that loses its backward; forget the scale of a backward pass that failed."""
         if not torch.is_grad_enabled():
             refuse_lost_backward()
-        if in_backward():
-            return
-        self._override_of_forward = self.override
-        if self.window.handle is not None:
-            self.window.handle.forget_scale()  # of a backward pass that failed
+        if self.window.handle is not None and not in_backward():
+            self.window.handle.forget_scale()
+
+    def _hook(self) -> Hook | None:
+        """The hook of this forward. A checkpoint keeps it: it recomputes in the backward pass, after the hook's block."""
+        recomputed = in_backward()
+        if self.override is None and not recomputed:
+            return None
+        checkpoint, name = current_checkpoint(), f"equipoise_hook_{int(self.window.key)}"
+        if recomputed:
+            return getattr(checkpoint, name, None)
+        if checkpoint is not None:
+            setattr(checkpoint, name, self.override)
+        return self.override
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         dim = self.router.weight.shape[1]

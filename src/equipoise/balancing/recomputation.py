@@ -1,19 +1,42 @@
-"""What a layer must know of activation checkpointing: is it recomputed, for which backward, or in vain?"""
+"""What a layer must know of activation checkpointing: is it recomputed, for which backward, or in vain?
+
+torch does not say, so the answers are read off the Python stack: a reentrant checkpoint is a ``CheckpointFunction``,
+whose context is the same object in forward and in every backward; a non-reentrant one is its ``_CheckpointFrame``.
+"""
 
 import sys
 import weakref
-from types import CodeType, FrameType
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 from equipoise.contracts import require
+
+_FORWARD = checkpointing.CheckpointFunction.forward.__code__
+_BACKWARD = checkpointing.CheckpointFunction.backward.__code__
 
 
 def in_backward() -> bool:
     """Whether a backward pass is running: a forward that finds one is a recomputation."""
     return torch._C._current_graph_task_id() != -1
+
+
+def current_checkpoint() -> Any | None:
+    """The outermost checkpoint that this forward is part of: the same object when it is recomputed. None outside."""
+    found = None
+    for frame in _stack():
+        if frame.f_code in (_FORWARD, _BACKWARD):
+            found = frame.f_locals["ctx"]
+        elif frame.f_code.co_filename == checkpointing.__file__ and frame.f_code.co_name == "unpack_hook":
+            found = frame.f_locals["frame"]
+        elif frame.f_code.co_filename == checkpointing.__file__ and frame.f_code.co_name == "checkpoint":
+            running = frame.f_locals.get("gen")  # a reentrant one has none
+            found = running.gi_frame.f_locals["new_frame"] if running is not None else found
+    return found
 
 
 def is_repeated() -> bool:
@@ -22,10 +45,10 @@ def is_repeated() -> bool:
     Every backward of such a checkpoint recomputes its inside and makes new taps, so a tap cannot know by itself. The
     gradients that came from outside are new each time, and gone when it is over.
     """
-    frame = _outermost(CheckpointFunction.backward.__code__)
-    if frame is None:
+    frames = [frame for frame in _stack() if frame.f_code is _BACKWARD]
+    if not frames:
         return False
-    context, gradients = frame.f_locals["ctx"], frame.f_locals["args"]
+    context, gradients = frames[-1].f_locals["ctx"], frames[-1].f_locals["args"]
     now = next(gradient for gradient in gradients if isinstance(gradient, Tensor))
     first = getattr(context, "equipoise_first_gradient", None)
     if first is None:
@@ -41,19 +64,18 @@ def refuse_lost_backward() -> None:
 
     Fails: UserError.
     """
-    frame = _outermost(CheckpointFunction.forward.__code__)
-    inputs = () if frame is None else frame.f_locals["args"]
+    frames = [frame for frame in _stack() if frame.f_code is _FORWARD]
+    inputs = frames[-1].f_locals["args"] if frames else ()
     require(
-        frame is None or any(isinstance(value, Tensor) and value.requires_grad for value in inputs),
+        not frames or any(isinstance(value, Tensor) and value.requires_grad for value in inputs),
         "Reentrant checkpointing around an MoE layer needs an input that requires grad, or nothing inside is trained; "
         "use checkpoint(..., use_reentrant=False), or x.requires_grad_(); to evaluate, call .eval() first.",
     )
 
 
-def _outermost(code: CodeType) -> FrameType | None:
-    """The outermost running call of a function."""
-    frame, found = sys._getframe(), None
+def _stack() -> Iterator[FrameType]:
+    """The running calls, innermost first."""
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        found = frame if frame.f_code is code else found
+        yield frame
         frame = frame.f_back
-    return found

@@ -98,7 +98,7 @@ class Window:
         slopes = {name: self.balancers[name].slope(value, demand_E) for name, value in carriers.items()}
         values = [(slopes[name] * value).sum() * now["tokens"] for name, value in carriers.items()]
         flat = [torch.stack(values) if values else carrier, count, amount]
-        self._flat = [a + b for a, b in zip(self._flat, flat)] if self._flat else flat
+        self._flat = [a + b for a, b in zip(self._flat, flat)] if self._flat else [each.clone() for each in flat]
         self._layout, self._calls = layout, self._calls + 1
         gradients = [slopes[name] * (scale * self.balancers[name].weight) for name in carriers]
         return torch.cat([gradient.reshape(-1) for gradient in gradients]).to(carrier.dtype) if gradients else carrier

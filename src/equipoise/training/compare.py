@@ -132,8 +132,8 @@ def _calibrate(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any
     if flops < done["flops"]:
         least = math.ceil((runs * (beside + done["flops"] / per_second) + wall) / 6 / RESERVE) / 10
         raise UserError(
-            f"{config.minutes:g} minutes are too few for {runs} runs on this machine; give at least {least}, or fewer "
-            "methods."
+            f"{config.minutes:g} minutes are too few for {runs} run{'s' * (runs > 1)} on this machine; give at least "
+            f"{least}, or fewer methods."
         )
     return {"flops": float(f"{flops:.3g}"), "minutes": config.minutes, "flops_per_second": per_second}
 
@@ -166,7 +166,7 @@ def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], st
     )
 
 
-def _step_flops(config: CompareConfig, text: Text) -> float:
+def _step_flops(config: CompareConfig, text: Text) -> int:
     """What one step costs, whatever the method."""
     with torch.device("meta"):
         model = Decoder(replace(config.model, method="unbalanced", set=()), text.tokenizer.vocab_size)
