@@ -142,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return DONE
     if words[0] not in COMMANDS:
-        print(f"equipoise: unknown command {words[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+        print(f"equipoise: Unknown command {words[0]!r}; {hint}", file=sys.stderr)
         return MISUSE
     return _run(words[0], words[1:])
 

@@ -1,6 +1,7 @@
 """Each law that a planted fault names accepts the sound layer and rejects the broken one."""
 
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +20,11 @@ def test_the_fault_is_rejected(name):
     check(build, **fault.arguments)
     with pytest.raises(AssertionError):
         check(fault.make, **fault.arguments)
+
+
+def test_the_page_of_laws_names_every_fault_and_every_exemption():
+    page = (Path(__file__).parents[2] / "docs/laws.md").read_text(encoding="utf-8")
+    for name, fault in FAULTS.items():
+        assert f"| {name} | `{fault.law}` |" in page
+    for (method, law), reason in EXEMPTIONS.items():
+        assert f"| `{method}` | `{law}` | {reason} |" in page

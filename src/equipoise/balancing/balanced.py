@@ -144,7 +144,7 @@ class BalancedLayer(nn.Module):
             self.window.handle.forget_scale()
 
     def _hook(self) -> Hook | None:
-        """The hook of this forward. A checkpoint keeps it: it recomputes in the backward pass, after the hook's block."""
+        """The hook of this forward, which a checkpoint keeps: it recomputes in the backward pass, after the block."""
         recomputed = in_backward()
         if self.override is None and not recomputed:
             return None
