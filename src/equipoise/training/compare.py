@@ -62,8 +62,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     config.check()
     device = choose_device(config)
+    _refuse_unbuildable(config)
     text = read_text(config.data, config.optimizer, seed=0)
-    _refuse_unbuildable(config, text)
     folder = Path(config.out)
     with claim(folder, config, FREE) as resumes:
         if not resumes:
@@ -81,11 +81,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     return results
 
 
-def _refuse_unbuildable(config: CompareConfig, text: Text) -> None:
-    """Say what is wrong with any method's settings before the first run. Fails: UserError."""
+def _refuse_unbuildable(config: CompareConfig) -> None:
+    """Say what is wrong with any method and its settings before anything is read. Fails: UserError."""
     with torch.device("meta"):
         for method in config.methods:
-            Decoder(_base(config, method, seed=0, out=config.out).model, text.tokenizer.vocab_size)
+            Decoder(_base(config, method, seed=0, out=config.out).model, vocab_size=256)
 
 
 def _settings(config: CompareConfig) -> dict[str, tuple[str, ...]]:

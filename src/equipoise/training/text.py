@@ -6,9 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
 from equipoise.config import DataConfig, OptimizerConfig
 from equipoise.training import corpus, tokenizer
-from equipoise.training.batches import Batch, Batches, TokenSet, validation_batches
+from equipoise.training.batches import Batches, TokenSet, validation_batches
 from equipoise.training.stream import StreamBatches, TextStream
 from equipoise.training.tokenizer import Tokenizer
 
@@ -29,7 +32,7 @@ class Text:
 
     tokenizer: Tokenizer
     train: Batches | StreamBatches
-    validation: list[Batch]
+    validation: list[tuple[Int64[Tensor, "_B S1"], UInt8[Tensor, "_B S1"]]]  # the last batch may be smaller
     domains: tuple[str, ...]
     tokens: dict[str, dict[str, int]]
     digest: str
