@@ -115,6 +115,7 @@ def stop(config: TrainConfig, path: Path) -> list[dict]:
 
 def main(config: TrainConfig, folder: Path, every: int) -> None:
     """What the top of this file says."""
+    folder.mkdir()  # else the first run would make one folder more than the others
     count = changes(replace(config, out=str(folder / "alone")))
     for fatal in [1, *range(every, count + 1, every)]:
         kill_at(replace(config, out=str(folder / f"{fatal}")), fatal)

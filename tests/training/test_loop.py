@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 
@@ -314,6 +315,23 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_taken_when_told(
     assert saved(config) == ["step-00000003", "step-00000006"]
     train(dataclasses.replace(config, allow_previous=True))
     assert outcome(tmp_path / "run") == outcome(alone)
+
+
+def test_a_stream_resumes_bit_for_bit(make, tmp_path: Path, monkeypatch) -> None:
+    """Its position is not a function of the step, and comes from the checkpoint."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows").mkdir()
+    rows = ({"text": f"row {number} {'very ' * (number % 7)}long", "domain": "ab"[number % 2]} for number in range(301))
+    (tmp_path / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = make(tmp_path / "alone")
+    alone = dataclasses.replace(alone, data=dataclasses.replace(alone.data, source=f"hf:{tmp_path / 'rows'}"))
+    killed = dataclasses.replace(alone, out=str(tmp_path / "killed"))
+    with pytest.raises(Killed), stopped_before(8):
+        train(killed)
+    train(killed)
+    train(alone)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "alone")
+    assert set(json.loads((tmp_path / "alone" / RESULT_FILE).read_text())["per_layer"][0]["domain_load"]) == {"a", "b"}
 
 
 # What goes wrong
