@@ -26,7 +26,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in BENCHMARKS if options.name == "all" else [options.name]:
-        found = {"benchmark": name, "environment": environment(), "rounds": options.rounds}
+        found = {
+            "benchmark": name,
+            "environment": environment(torch.device("cpu"), options.threads),
+            "rounds": options.rounds,
+        }
         found["result"] = BENCHMARKS[name](options.rounds)
         device = found["environment"]["device"].lower().replace(" ", "-")
         path = options.out / f"{name}-{device}-{options.threads}threads.json"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -22,10 +23,10 @@ from tiny_runs import write_text
 
 TINY = (
     "--dim 16 --num-layers 2 --num-heads 2 --hidden-dim 16 --num-experts 4 --seq-len 16 --batch-size 4 --threads 1 "
-    "--validation-tokens 128 --method loss_free"
+    "--validation-tokens 128"
 )
 OWN = {
-    "train": "--steps 5 --checkpoint-every 2 --log-every 1 --no-tensorboard",
+    "train": "--method loss_free --steps 5 --checkpoint-every 2 --log-every 1 --no-tensorboard",
     "compare": "--flops 2e7 --methods loss_free --baseline loss_free",
 }
 
@@ -37,12 +38,18 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def words(text: Path, tmp_path: Path):
-    """Makes the words of a tiny training or comparison."""
+    """Makes the words of a tiny training or comparison, with these flags in place of its own."""
 
     def words(more: str = "", command: str = "train") -> list[str]:
-        return f"{command} {TINY} {OWN[command]} --data {text} --out {tmp_path / 'out'} {more}".split()
+        own = flags(f"{TINY} {OWN[command]} --data {text} --out {tmp_path / 'out'}")
+        return [command, *(word for flag in (own | flags(more)).values() for word in flag)]
 
     return words
+
+
+def flags(line: str) -> dict[str, list[str]]:
+    """The words of each flag, by its name."""
+    return {each.split()[0]: each.split() for each in re.findall(r"--\S+(?: (?!--)\S+)*", line)}
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +136,8 @@ def test_train_prints_what_became_of_it(words, text: Path, tmp_path: Path, capfd
 
 def test_flags_override_the_file(words, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("steps = 3\nseed = 7\n[model]\nmethod = 'switch'\n")
-    flags = words(f"--config {tmp_path / 'mine.toml'} --no-allow-inexact")
-    assert cli.main([word for word in flags if word not in ("--method", "loss_free")]) == 0
+    given = words(f"--config {tmp_path / 'mine.toml'} --no-allow-inexact")
+    assert cli.main([word for word in given if word not in ("--method", "loss_free")]) == 0
     config = load(TrainConfig, tmp_path / "out" / CONFIG_FILE)
     assert (config.steps, config.seed, config.model.method) == (5, 7, "switch")
 
@@ -239,6 +246,12 @@ def test_a_wrong_text_is_one_sentence_and_keeps_the_folder_free(
     assert sentence in refused(words(f"--data {tmp_path / name}", command))
     assert not (tmp_path / "out" / RESULT_FILE).exists()
     assert cli.main(words()) == 0
+
+
+def test_a_flag_given_twice_is_one_sentence(words, refused) -> None:
+    assert refused([*words(), "--seed", "1", "--seed=2"]) == (
+        "Option --seed is given twice; give all its values after one --seed."
+    )
 
 
 def test_a_wrong_file_names_the_nearest_key(words, refused, tmp_path: Path) -> None:
@@ -375,9 +388,10 @@ def test_a_process_exits_with_the_code_and_nothing_but_the_sentence(tmp_path: Pa
     assert done.stderr.count("\n") == 1
 
 
-def test_a_reader_that_has_seen_enough_is_no_traceback(tmp_path: Path) -> None:
-    program = "import sys; from equipoise.cli import main; sys.exit(main(['methods', '--json']))"
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_a_reader_that_has_seen_enough_is_no_traceback(monkeypatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else what is left to write at the end is nothing
+    command = [sys.executable, "-m", "equipoise", "methods", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()

@@ -18,9 +18,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from equipoise.config import CompareConfig, TrainConfig, load
+from equipoise.config import CompareConfig, RunConfig, TrainConfig, load
 from equipoise.contracts import UserError
-from equipoise.methods import METHODS, find, parts_of
+from equipoise.methods import METHODS, Method, defaults, find, parts_of
 
 DONE, FAILED, MISUSE = 0, 1, 2
 
@@ -76,7 +76,9 @@ def _compare(config: CompareConfig, as_json: bool) -> None:
         _print_json(results)
         return
     Console().print(table(results))
-    flops, steps, rule = results["budget"]["flops"], results["runs"][0]["steps"], config.optimizer
+    flops, rule = results["budget"]["flops"], config.optimizer
+    counts = sorted({run["steps"] for run in results["runs"]})
+    steps = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     print(
         f"Each run: {flops:.3g} FLOPs, {steps} steps; the learning rate rises to {rule.learning_rate:g} in the first "
         f"{rule.warmup:.0%} and falls to {rule.min_learning_rate:g}.\nReport: {Path(config.out) / REPORT_FILE}"
@@ -99,12 +101,18 @@ def _generate(config: GenerateConfig, as_json: bool) -> None:
 def _methods(config: MethodsConfig, as_json: bool) -> None:
     chosen = [find(config.name)] if config.name else list(METHODS.values())
     if as_json:
-        _print_json([asdict(method) | {"causal": method.causal, "state": method.state} for method in chosen])
+        _print_json([_facts(method) for method in chosen])
         return
     table = Table("method", "what it does", "parts", "source")
     for method in chosen:
         table.add_row(method.name, method.summary, ", ".join(parts_of(method)), method.source)
     Console().print(table)
+    if config.name:
+        print("Settings:", ", ".join(f"{name}={value}" for name, value in defaults(chosen[0]).items()))
+
+
+def _facts(method: Method) -> dict[str, Any]:
+    return asdict(method) | {"settings": defaults(method), "causal": method.causal, "state": method.state}
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any, bool], None], str, str]] = {
@@ -155,14 +163,15 @@ def _run(command: str, words: list[str]) -> int:
     kind, function, summary, example = COMMANDS[command]
     common = argparse.ArgumentParser(f"equipoise {command}", add_help=False, allow_abbrev=False)
     common.add_argument("--json", action="store_true")
-    common.add_argument("--config")
+    takes_file = issubclass(kind, RunConfig)
+    if takes_file:
+        common.add_argument("--config")
     try:
         known, rest = common.parse_known_args(words)
         _refuse_unknown_flags(command, rest)
-        given = {"default": load(kind, known.config)} if known.config else {}
-        about = (
-            f"{summary} --json prints the result as JSON; --config FILE reads settings from TOML, which flags override."
-        )
+        given: dict[str, Any] = {"default": load(kind, known.config)} if takes_file and known.config else {}
+        about = f"{summary} --json prints the result as JSON."
+        about += " --config FILE reads settings from TOML, which flags override." if takes_file else ""
         config = tyro.cli(
             kind,
             args=rest,
@@ -191,9 +200,14 @@ def _run(command: str, words: list[str]) -> int:
 
 
 def _refuse_unknown_flags(command: str, words: list[str]) -> None:
-    """Fails: UserError that names the nearest flag."""
-    flags = ["--help", "--json", "--config", *_flags(COMMANDS[command][0])]
-    for flag in (word.partition("=")[0].replace("_", "-") for word in words if re.match("--[a-z]", word)):
+    """Fails: UserError for a flag that is unknown, with the nearest, or given twice, which would drop the first."""
+    flags = ["--help", "--json", *_flags(COMMANDS[command][0])]
+    given = [word.partition("=")[0].replace("_", "-") for word in words if re.match("--[a-z]", word)]
+    if command == "compare" and "--method" in given:
+        raise UserError("A comparison takes several methods; give --methods, not --method.")
+    for flag in given:
+        if given.count(flag) > 1:
+            raise UserError(f"Option {flag} is given twice; give all its values after one {flag}.")
         if flag not in flags and flag.replace("--no-", "--") not in flags:
             near = difflib.get_close_matches(flag, flags, n=1)
             hint = f"did you mean {near[0]}?" if near else f"equipoise {command} --help lists them."

@@ -3,7 +3,8 @@
 import difflib
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -124,6 +125,11 @@ def build(
     twice = sorted({name for name, _ in given if [other for other, _ in given].count(name) > 1})
     require(not twice, f"Setting {', '.join(twice)} is given twice; give it once.")
     resolved |= dict(given)
+    hints = {
+        f"{name}.{key}": hint for name, part in parts.items() for key, hint in get_type_hints(part.__init__).items()
+    }
+    for name, value in given:
+        require(_fits(value, hints[name]), f"{name}={value!r} must be {_words(hints[name])}.")
     own = {name: {key: resolved[f"{name}.{key}"] for key in _settings_of(part)} for name, part in parts.items()}
     made = {name: part(num_experts, **own[name]) for name, part in parts.items()}
     return made.pop(method.scorer), made.pop(method.selector), nn.ModuleDict(made), resolved
@@ -133,6 +139,25 @@ def _settings_of(part: type) -> dict[str, Any]:
     """A part's settings and their defaults: the keyword-only arguments of its constructor."""
     parameters = inspect.signature(part).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a setting has the type that its part declares; a whole number serves as a number."""
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    return type(value) is hint
+
+
+def _words(hint: Any) -> str:
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", type(None): "left out"}
+    return " or ".join(names[each] for each in get_args(hint) or (hint,))
+
+
+def defaults(method: Method) -> dict[str, Any]:
+    """All settings of a method's parts, by ``"part.setting"``, as they are where nobody sets them."""
+    return build(method, 2, {})[3]
 
 
 def _full_name(method: str, key: str, known: dict[str, Any]) -> str:

@@ -65,7 +65,9 @@ class MoE(BalancedLayer):
         sizes = f"dim={dim}, hidden_dim={hidden_dim}, num_experts={self.num_experts}, top_k={self.top_k}"
         return f"{sizes}, method={self.method}{settings}"
 
-    def forward(self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Float[Tensor, "*batch D"]:
         """Send every token through its experts.
 
         Args:
@@ -73,7 +75,8 @@ class MoE(BalancedLayer):
             mask: ``[...]``, True for a real token; padding is routed and counted nowhere, and answered with zeros.
         Returns:
             ``[..., D]``.
-        Fails: UserError for a wrong width or mask, NonFiniteError for NaN or infinite logits.
+        Fails: UserError for a wrong width or mask; NonFiniteError for NaN or infinite logits, on the CPU (elsewhere
+            looking would cost a wait: ``logit_total`` is not finite then).
         """
         call = self.call(x, mask)
         scores = self.scorer(call)

@@ -208,7 +208,6 @@ def same_as_the_uninterrupted(killed: SimpleNamespace) -> int:
         found = outcome(folder)
         for part in expected:
             assert found[part] == expected[part], (folder.name, part)
-        assert not [path for path in folder.rglob("*") if path.name.startswith(".tmp") or path.suffix == ".part"]
     return len(folders)
 
 
@@ -246,11 +245,11 @@ def test_tensorboard_of_a_killed_run_shows_every_step_once(killed: SimpleNamespa
             assert shown == [(record["step"], pytest.approx(record[tag])) for record in read(killed.folder / name)]
 
 
-def test_both_precisions_resume_bit_for_bit(interrupted, make, tmp_path: Path) -> None:
-    config = interrupted(dtype="bf16")
+def test_half_precision_and_half_a_log_interval_resume_bit_for_bit(interrupted, make, tmp_path: Path) -> None:
+    config = interrupted(dtype="bf16", log_every=4)
     assert saved(config) == ["step-00000003", "step-00000006"]
     train(config)
-    train(make(tmp_path / "alone", dtype="bf16"))
+    train(make(tmp_path / "alone", dtype="bf16", log_every=4))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
 
 
@@ -266,6 +265,8 @@ def test_what_does_not_touch_the_numbers_may_change_on_resuming(interrupted, alo
     train(dataclasses.replace(config, checkpoint_every=1, keep=1, log_every=1))
     assert outcome(tmp_path / "run") == outcome(alone)
     assert saved(config) == ["step-00000008"]
+    seconds = sum(64 / record["tokens_per_second"] for record in read(tmp_path / "run"))
+    assert train(config)["tokens_per_second"] == pytest.approx(STEPS * 64 / seconds)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     assert train(dataclasses.replace(config, out=str(moved)))["steps"] == STEPS
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import threading
@@ -94,7 +95,9 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"^Cannot write .*file.* \(.*\); make room or choose another --out: "):
             claim(tmp_path / place, CONFIG, FREE).__enter__()
     with pytest.raises(UserError, match=r"No space left on device"), claim(tmp_path / "run", CONFIG, FREE):
-        (Path("/dev/full")).write_text("more than fits")
+        Path("/dev/full").write_text("more than fits")
+    with pytest.raises(ConnectionResetError), claim(tmp_path / "run", CONFIG, FREE):
+        raise ConnectionResetError(errno.ECONNRESET, "of a text that comes over the network")
 
 
 def test_a_write_replaces_the_whole_file_or_nothing(tmp_path: Path, monkeypatch) -> None:

@@ -91,18 +91,22 @@ def test_a_step_is_adamw_with_warm_up_clipping_and_no_decay_of_norms(trainer) ->
 def test_micro_batches_add_up_to_one_batch(trainer, method: str, invariant: bool) -> None:
     """In fp64, where only a method whose loss is one micro-batch's own differs."""
     split = [trainer(method, optimizer={"grad_accumulation": micros}) for micros in (1, 4)]
+    values: list = []
     for each in split:
         each.model.double()
-        values = [each.step() for _ in range(3)]
+        found = [each.step() for _ in range(3)]
+        values.append([{key: step[key] for key in ("loss", "gradient_norm", "max_vio")} for step in found])
     one, four = (weights(each) for each in split)
     differences = [float((one[name] - four[name]).abs().max()) for name in one]
     assert (max(differences) < 1e-9) is invariant
+    close = all(one == pytest.approx(four, rel=1e-9) for one, four in zip(*values))
+    assert close is invariant
     assert [each.tokens for each in split] == [192, 192]
     assert split[0].flops == split[1].flops
     if invariant:
         loads = [[layer.window.last["demand_E"].tolist() for layer in each.layers.values()] for each in split]
         assert loads[0] == loads[1]
-        assert values[-1]["max_vio"] == sum(max(load) * len(load) / sum(load) - 1 for load in loads[0]) / 2
+        assert values[0][-1]["max_vio"] == sum(max(load) * len(load) / sum(load) - 1 for load in loads[0]) / 2
 
 
 def test_flops_are_those_of_the_ledger_and_equal_for_all_that_drop_no_row(trainer) -> None:
@@ -190,15 +194,33 @@ def test_nan_names_step_and_layer_and_leaves_the_weights(trainer, broken: str, p
     assert str(caught.value).startswith("Step 2")
 
 
-def test_an_infinite_gradient_names_where_it_began(trainer) -> None:
-    """An overflow in backward spreads to all that comes before; the last one is where it began."""
+@pytest.mark.parametrize(
+    ("spoilt", "place", "norm"),
+    [
+        ({"layers.1.attention.out.weight": math.inf}, "layers.1.attention.out.weight", "inf"),
+        ({"layers.0.moe.experts.down": math.nan}, "layers.0.moe.experts.down", "nan"),
+        (
+            {"layers.0.moe.experts.down": math.nan, "layers.1.attention.out.weight": math.inf},
+            "layers.1.attention.out.weight",
+            "nan",
+        ),
+        (
+            {"layers.0.moe.experts.down": math.inf, "layers.1.attention.out.weight": math.nan},
+            "layers.1.attention.out.weight",
+            "nan",
+        ),
+    ],
+)
+def test_a_broken_gradient_names_where_it_began(trainer, spoilt: dict[str, float], place: str, norm: str) -> None:
+    """Backward spreads an overflow to all that comes before, so the last one is where it began."""
     each = trainer()
     each.step()
     before = weights(each)
-    each.model.layers[1].attention.out.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor(3), math.inf))
-    each.model.layers[0].moe.experts.down.register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(UserError, match=r"^Step 2, gradient of layers.1.attention.out.weight: the gradient's norm is "):
+    for name, value in spoilt.items():
+        each.model.get_parameter(name).register_hook(lambda grad, value=value: grad * value)
+    with pytest.raises(UserError) as caught:
         each.step()
+    assert str(caught.value) == f"Step 2, gradient of {place}: the gradient's norm is {norm}; lower the learning rate."
     assert all(torch.equal(before[name], now) for name, now in weights(each).items())
 
 

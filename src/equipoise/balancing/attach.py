@@ -64,6 +64,8 @@ class Handle:
     def follow(self, loss: Tensor, count: Tensor | int | None = None) -> Tensor:
         """Return the loss unchanged; its backward tells the balancing losses by what factor the loop scaled it.
 
+        One loss can be followed in a backward pass: of several, follow the sum.
+
         Args:
             loss: 0-d; the micro-batch's training loss before accumulation, GradScaler or token counts scale it.
             count: how many tokens' losses it is the sum of; None where it is a mean.
@@ -164,6 +166,10 @@ class _Follow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        alone = ctx.handle._followed is None
+        require(
+            alone, "Two followed losses meet in one backward pass, and may be scaled differently; follow their sum."
+        )
         exact = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))  # a count may be too large for fp16
         ctx.handle._followed = exact * ctx.count
         Variable._execution_engine.queue_callback(ctx.handle.forget_scale)

@@ -26,7 +26,7 @@ def _tap(
     weight_N: Tensor, anchor: Tensor, carrier: Tensor, count: Tensor, amount: Tensor, key: Tensor, layout: str
 ) -> tuple[Tensor, Tensor]:
     """A copy of the weights, and a ticket that is spent by the first backward through it."""
-    return weight_N.clone(), torch.zeros((), dtype=torch.int64)
+    return weight_N.clone(), torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("equipoise::tap_backward", mutates_args=(), tags=_OPAQUE)
@@ -34,7 +34,7 @@ def _tap_backward(
     grad_N: Tensor, carrier: Tensor, count: Tensor, amount: Tensor, ticket: Tensor, key: Tensor, layout: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the weights, of the anchor and of the losses' carriers; the window is told on the way."""
-    anchor = torch.zeros(())
+    anchor = torch.zeros((), device="cpu")
     if int(ticket) or is_repeated():
         return grad_N.clone(), anchor, torch.zeros_like(carrier)
     ticket.data.fill_(1)  # unseen by autograd and the compiler, to whom it is an ordinary saved tensor
@@ -45,12 +45,12 @@ def _tap_backward(
 
 @_tap.register_fake
 def _(weight_N, anchor, carrier, count, amount, key, layout):
-    return torch.empty_like(weight_N), torch.empty((), dtype=torch.int64)
+    return torch.empty_like(weight_N), torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @_tap_backward.register_fake
 def _(grad_N, carrier, count, amount, ticket, key, layout):
-    return torch.empty_like(grad_N), torch.empty(()), torch.empty_like(carrier)
+    return torch.empty_like(grad_N), torch.empty((), device="cpu"), torch.empty_like(carrier)
 
 
 def _remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

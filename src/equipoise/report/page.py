@@ -61,7 +61,7 @@ def _page(results: Results) -> str:
 <noscript><p>The pictures need JavaScript; the tables do not.</p></noscript>
 </main>
 <script type="application/json" id="data">{_json(_pictures(results))}</script>
-<script>{_plotly()}</script>
+<script>{plotly_script()}</script>
 <script>{_data_file("page.js")}</script>
 </body>
 </html>
@@ -84,7 +84,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _plotly() -> str:
+def plotly_script() -> str:
+    """The library that draws the plots. Fails: UserError where it is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:

@@ -41,7 +41,8 @@ class ExpertChoice(nn.Module):
         if not call.training and self.evaluation == "refuse":
             raise UserError(
                 "expert_choice looks at later tokens, so evaluating it left to right would be wrong; name a fall-back: "
-                "evaluation='top_k' routes every token by itself, 'as_trained' is for bidirectional models."
+                "evaluation='top_k' (--set expert_choice.evaluation=top_k) routes every token by itself, 'as_trained' "
+                "is for bidirectional models."
             )
         if not call.training and self.evaluation == "top_k":
             return self.token_choice(call, scores)

@@ -52,8 +52,9 @@ def replay(recorded: Routing) -> Hook:
             len(recorded.token_N),
         )
         require(rows == recorded_rows, f"The recording has {recorded_rows} rows, but this call has {rows}.")
-        weight_N = selector.weigh(call, scores, recorded.token_N, recorded.expert_N)
-        return Routing(recorded.token_N, recorded.expert_N, weight_N, recorded.load_E, recorded.dropped_E)
+        expert_N = unmasked(call, recorded.token_N, recorded.expert_N, scores.gate_TE.shape[1])
+        weight_N = selector.weigh(call, scores, recorded.token_N, expert_N)
+        return pack(scores, recorded.token_N, expert_N, weight_N)
 
     return hook
 

@@ -21,8 +21,9 @@ from equipoise.config import CompareConfig, RunConfig, TrainConfig, dump, to_dic
 from equipoise.contracts import UserError
 from equipoise.methods import find, parts_of
 from equipoise.models.decoder import Decoder
-from equipoise.report.page import write_page
+from equipoise.report.page import plotly_script, write_page
 from equipoise.report.results import power
+from equipoise.report.table import markdown
 from equipoise.training.environment import environment
 from equipoise.training.flops import Ledger
 from equipoise.training.metrics import read
@@ -43,6 +44,7 @@ from equipoise.training.text import Text, read_text
 BUDGET_FILE = "budget.json"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
+TABLE_FILE = "report.md"
 CALIBRATION_STEPS = 25
 VALIDATIONS = 5  # per run, for the curve
 # On a core that others need too, OpenMP threads that spin long for each other made a step three times slower.
@@ -52,7 +54,7 @@ FREE = {"methods", "seeds", "baseline", "out"}  # finished runs stay, new ones j
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Train every method with every seed and write ``results.json`` and ``report.html``.
+    """Train every method with every seed; write ``results.json``, ``report.html`` and its table as ``report.md``.
 
     Each run is a process of its own (``equipoise train``), so that its peak memory is its own. Runs that are finished
     are not repeated; one that was killed resumes.
@@ -63,6 +65,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     config.check()
     device = choose_device(config)
+    plotly_script()  # a report that cannot be written is better known before the training
     _refuse_unbuildable(config)
     text = read_text(config.data, config.optimizer, seed=0)
     folder = Path(config.out)
@@ -79,6 +82,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         results = _results(config, budget, runs, environment(device, config.threads))
         write_json(folder / RESULTS_FILE, results)
         write_page(results, folder / REPORT_FILE)
+        write(folder / TABLE_FILE, markdown(results))
     return results
 
 

@@ -1,4 +1,4 @@
-"""The reference training loop: step, log, validate, save; killed at any moment it continues bit for bit."""
+"""The reference training loop: step, log, validate, save; killed at any moment it continues, on a CPU bit for bit."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Run:
     def _validate(self) -> Any:
         evaluation = self.trainer.evaluate()
         point = {"step": self.trainer.done, "flops": self.trainer.flops, "loss": evaluation.loss}
-        self.validation = [*(old for old in self.validation if old["step"] < self.trainer.done), point]
+        self.validation.append(point)
         return evaluation
 
     def _log(self, values: dict[str, float]) -> None:

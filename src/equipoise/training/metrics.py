@@ -46,7 +46,7 @@ class Metrics:
                 self._board.add_scalar(f"{name}/{layer}", values[name], record["step"])
             for name, value in values["loss"].items():
                 self._board.add_scalar(f"{name}/{layer}", value, record["step"])
-        self._board.flush()  # else a killed run takes the last two minutes with it
+        self._board.flush()  # else a kill takes what the writer still holds
 
     def close(self) -> None:
         """Let go of the files, to which every record has been written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -26,6 +27,10 @@ CONFIG_FILE = "config.toml"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 RUNS = "runs"  # in the folder of a comparison
+
+# What a file system answers where something cannot be written; other errors of this kind come from the network.
+FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST}
+FILE_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO}
 
 # What may differ when a run is taken up again: it decides neither the model nor the numbers.
 FREE = {
@@ -159,6 +164,8 @@ def claim(folder: Path, config: RunConfig, free: set[str]) -> Iterator[bool]:
             write(folder / CONFIG_FILE, dump(config))
             yield resumes
     except OSError as error:
+        if error.errno not in FILE_ERRORS:
+            raise
         raise UserError(
             f"Cannot write {error.filename or f'to {folder}'} ({error.strerror}); make room or choose another --out: "
             "what was saved before is kept."
