@@ -1,3 +1,5 @@
+"""A comparison from end to end: killed, stopped, resumed and extended."""
+
 import contextlib
 import dataclasses
 import io
@@ -6,50 +8,27 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from equipoise import cli
-from equipoise.config import CompareConfig, ModelConfig, TrainConfig, load, save, to_dict
+from equipoise.config import CompareConfig, TrainConfig, load, save, to_dict
 from equipoise.contracts import UserError
 from equipoise.training import checkpoint
-from equipoise.training import compare as module
-from equipoise.training.compare import BUDGET_FILE, REPORT_FILE, RESULTS_FILE, compare
+from equipoise.training.compare import REPORT_FILE, RESULTS_FILE, compare
 from equipoise.training.loop import train
 from equipoise.training.metrics import read
-from equipoise.training.run import CHECKPOINTS, CONFIG_FILE, RESULT_FILE, Interrupted, claim, differences
-from equipoise.training.text import read_text
-from tiny_runs import outcome, parts, write_text
+from equipoise.training.run import CHECKPOINTS, CONFIG_FILE, RESULT_FILE, Interrupted, differences
+from tiny_runs import STEP_FLOPS, outcome
 
-STEP_FLOPS = 3_981_312  # of the tiny run; see test_trainer
 FLOPS = 80.4 * STEP_FLOPS
 RUNS = [("unbalanced", 0), ("loss_free", 0), ("unbalanced", 1), ("loss_free", 1)]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def make(text: Path):
-    """Makes the configuration of a tiny comparison."""
-
-    def make(out: Path, **settings: Any) -> CompareConfig:
-        budget = {} if "minutes" in settings else {"flops": FLOPS}
-        methods = settings.pop("methods", ("unbalanced", "loss_free"))
-        model = {"method": ModelConfig().method} | settings.pop("model", {})
-        return CompareConfig(**parts(text, out, model=model, methods=methods, **budget | settings))
-
-    return make
 
 
 def until(happened, seconds: float = 120) -> None:
@@ -65,10 +44,10 @@ def written(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def compared(make, tmp_path_factory) -> SimpleNamespace:
+def compared(comparison, tmp_path_factory) -> SimpleNamespace:
     """Two methods and two seeds, killed in the second run, stopped in the third; then a third method joins."""
     folder = tmp_path_factory.mktemp("compared")
-    config = make(folder / "out", seeds=2)
+    config = comparison(folder / "out", seeds=2)
     out, environment = folder / "out", os.environ | {"OMP_NUM_THREADS": "1"}
     save(config, folder / "config.toml")
     command = [sys.executable, "-m", "equipoise", "compare", "--config", str(folder / "config.toml")]
@@ -89,7 +68,7 @@ def compared(make, tmp_path_factory) -> SimpleNamespace:
     with pytest.raises(Interrupted) as stop:
         compare(config)
     stopper.join()
-    saved = checkpoint.latest(third / CHECKPOINTS)
+    saved, ended = checkpoint.latest(third / CHECKPOINTS), (third / RESULT_FILE).exists()
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -111,6 +90,7 @@ def test_a_stopped_comparison_lets_its_run_save(compared: SimpleNamespace) -> No
     assert compared.stop.value.signal == signal.SIGINT
     assert str(compared.third) in str(compared.stop.value)
     assert compared.saved.name < "step-00000080"
+    assert not compared.ended
     alone = load(TrainConfig, compared.out / "runs/unbalanced-seed1.toml")
     train(dataclasses.replace(alone, out=str(compared.folder / "alone")))
     assert outcome(compared.third) == outcome(compared.folder / "alone")
@@ -205,104 +185,3 @@ def test_another_text_under_the_same_name_is_refused(compared: SimpleNamespace, 
     path.write_text(json.dumps(result))
     with pytest.raises(UserError, match=r"The text has changed since .*unbalanced-seed0 was trained; choose another"):
         compare(dataclasses.replace(compared.config, out=str(copy)))
-
-
-# Before the first run
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"methods": ("unbalanced", "swich")}, r"Unknown method 'swich' \(did you mean 'switch'\?\)"),
-        ({"model": {"set": ("bias.rat=1",)}}, "Method 'loss_free' has no setting 'bias.rat' .did you mean 'bias.rate'"),
-        ({"model": {"set": ("quantile.bins=9",)}}, "'quantile.bins=9' fits none of the methods unbalanced, loss_free"),
-        ({"model": {"top_k": 5}}, "top_k must be at most num_experts"),
-        ({"baseline": "switch"}, "baseline must be one of methods"),
-        ({"device": "cuda"}, "torch finds no CUDA device"),
-        ({"data": "no such file"}, "There is no file or folder 'no such file'"),
-        ({"seq_len": 100_000}, "The text has [0-9]+ tokens, but one sequence of seq_len 100000 takes 100001"),
-    ],
-)
-def test_what_is_wrong_is_said_before_anything_is_written(
-    make, tmp_path: Path, monkeypatch, change: dict, message: str
-) -> None:
-    monkeypatch.setattr(module.subprocess, "Popen", None)  # no run starts
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    data = {"source": change.pop("data", None), "seq_len": change.pop("seq_len", None)}
-    config = make(tmp_path / "out", **change)
-    given = {key: value for key, value in data.items() if value}
-    with pytest.raises(UserError, match=message):
-        compare(dataclasses.replace(config, data=dataclasses.replace(config.data, **given)))
-    assert not (tmp_path / "out").exists()
-
-
-def test_settings_reach_the_methods_that_have_them(make, tmp_path: Path) -> None:
-    config = make(tmp_path, model={"set": ("bias.rate=0.5", "top_k.renormalize=false")})
-    sets = {method: module._base(config, method, 0, "").model.set for method in config.methods}
-    assert sets == {
-        "unbalanced": ("top_k.renormalize=false",),
-        "loss_free": ("bias.rate=0.5", "top_k.renormalize=false"),
-    }
-    budget = {"flops": FLOPS}
-    assert module._train_config(config, "loss_free", budget, 80, 0).model.set == sets["loss_free"]
-    short, long = (module._train_config(make(tmp_path), "loss_free", budget, steps, 3) for steps in (80, 40_000))
-    assert (short.model.set, long.model.set) == (("bias.rate=0.019",), ("bias.rate=0.001",))
-    assert (short.seed, short.flops, Path(short.out).name) == (3, FLOPS, "loss_free-seed3")
-    assert [(c.log_every, c.validate_every, c.checkpoint_every) for c in (short, long)] == [
-        (1, 16, 50),
-        (400, 8000, 10_000),
-    ]
-    chosen = make(tmp_path, methods=("expert_choice",), baseline="expert_choice")
-    assert module._base(chosen, "expert_choice", 0, "").model.set == ("expert_choice.evaluation=top_k",)
-    own = ("expert_choice.evaluation=as_trained",)
-    chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, set=own))
-    assert module._base(chosen, "expert_choice", 0, "").model.set == own
-
-
-def test_one_comparison_at_a_time(make, tmp_path: Path) -> None:
-    config = make(tmp_path)
-    with claim(tmp_path, config, set()), pytest.raises(UserError, match="Another process is working in"):
-        compare(config)
-
-
-def test_a_run_that_fails_is_named_and_can_be_mended(make, tmp_path: Path, capfd) -> None:
-    """Nothing came of it, so that the same folder takes the mended configuration."""
-    config = make(tmp_path, methods=("unbalanced",))
-    broken = dataclasses.replace(config.optimizer, learning_rate=1e30, min_learning_rate=0.0, warmup=0.0)
-    with pytest.raises(UserError, match="The run of unbalanced, seed 0, stopped with exit code 2"):
-        compare(dataclasses.replace(config, optimizer=broken))
-    said = capfd.readouterr().err
-    assert said.startswith("equipoise: Step 2, ")
-    assert "Traceback" not in said
-    assert compare(dataclasses.replace(config, flops=3.0 * STEP_FLOPS))["runs"][0]["steps"] == 3
-
-
-# Minutes
-
-
-def test_minutes_become_one_flop_budget_that_is_measured_once(make, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"0\.001 minutes are too few for 1 run on this machine; give at least [0-9.]+,"
-    ):
-        compare(make(tmp_path, methods=("unbalanced",), minutes=0.001))
-    assert not (tmp_path / BUDGET_FILE).exists()
-
-    config = make(tmp_path, methods=("unbalanced",), minutes=60.0)  # other minutes are not another comparison yet
-    data = read_text(config.data, config.optimizer, seed=0)
-    with claim(tmp_path, config, set()):
-        budget = module._budget(tmp_path, config, data)
-        measured = (tmp_path / "calibration" / RESULT_FILE).stat().st_mtime_ns
-        assert module._budget(tmp_path, config, data) == budget
-    _, *warm = (record["tokens_per_second"] for record in read(tmp_path / "calibration"))
-    assert len(warm) == 4
-    per_second = statistics.median(warm) * STEP_FLOPS / 64
-    assert budget["minutes"] == 60.0
-    assert budget["flops_per_second"] == pytest.approx(per_second)
-    seconds = budget["flops"] / per_second
-    assert 60 * 60 * 0.92 - 120 < seconds < 60 * 60 * 0.92  # less what comes beside a run's steps
-
-    (tmp_path / BUDGET_FILE).write_text(json.dumps(budget | {"flops": 2.2 * STEP_FLOPS}))
-    results = compare(config)
-    assert results["budget"] == budget | {"flops": 2.2 * STEP_FLOPS}
-    assert [run["steps"] for run in results["runs"]] == [2]
-    assert (tmp_path / "calibration" / RESULT_FILE).stat().st_mtime_ns == measured
