@@ -15,7 +15,7 @@ def call_of(logit_TE, k, mask_T=None, training=True, requires_grad=False):
     router.weight = nn.Parameter(torch.eye(num_experts, dtype=logit_TE.dtype), requires_grad=requires_grad)
     step = torch.zeros((), dtype=torch.int64)
     sequence_T = torch.zeros(num_tokens, dtype=torch.int64)
-    return Call(logit_TE, mask_T, sequence_T, k, step, router, nn.Identity(), training)
+    return Call(logit_TE, mask_T, sequence_T, k, step, num_experts, router, nn.Identity(), training)
 
 
 def scores_of(score_TE):

@@ -24,7 +24,7 @@ from equipoise.config import (
     save,
     to_dict,
 )
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 
 
 def values_of(kind: Any) -> st.SearchStrategy:
@@ -157,7 +157,11 @@ def compare(**changes: Any) -> CompareConfig:
         (compare(flops=1e9), "Give exactly one of flops and minutes, not both."),
         (compare(minutes=math.inf), "minutes must be a number above 0, not inf."),
         (compare(methods=("switch", "switch")), "methods must name each method once, not switch, switch."),
-        (compare(methods=("switch",)), "baseline must be one of methods (switch), not unbalanced."),
+        (compare(methods=()), "methods must name at least one method."),
+        (
+            compare(methods=("switch",), baseline="unbalanced"),
+            "baseline must be one of methods (switch), not unbalanced.",
+        ),
     ],
 )
 def test_check_refuses_what_does_not_fit(config, sentence):

@@ -10,7 +10,7 @@ import pytest
 
 from equipoise import METHODS, MoE
 from equipoise.balancing import BALANCERS
-from equipoise.methods import build
+from equipoise.building import build
 from equipoise.routing import SCORERS, SELECTORS
 
 ROOT = Path(__file__).parents[1]

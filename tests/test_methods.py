@@ -6,11 +6,13 @@ from torch import nn
 
 from equipoise import METHODS, Method, MoE, UserError
 from equipoise.balancing import BALANCERS
-from equipoise.methods import build, find
+from equipoise.building import build
+from equipoise.methods import find
 from equipoise.routing import SCORERS, SELECTORS
 
 SIZES = {"dim": 7, "hidden_dim": 5, "num_experts": 5, "top_k": 2}
-TWO_LOSSES = Method("two", "Two losses.", "none", balancers={"balance_loss": {"weight": 0.5}, "z_loss": {}})
+ABOUT = dict.fromkeys(("summary", "source", "moves", "traffic", "cost", "use", "avoid"), "none")
+TWO_LOSSES = Method("two", **ABOUT, balancers={"balance_loss": {"weight": 0.5}, "z_loss": {}})
 
 
 def settings_of(part):
@@ -95,7 +97,7 @@ def test_parts_are_made_by_their_names():
 
 
 def test_a_methods_settings_are_its_own_until_the_user_gives_others():
-    method = Method("first", "First come.", "none", settings={"top_k.drop": "position", "top_k.capacity_factor": 2.0})
+    method = Method("first", **ABOUT, settings={"top_k.drop": "position", "top_k.capacity_factor": 2.0})
     _, selector, _, resolved = build(method, 5, {"capacity_factor": 1.0})
     assert (selector.drop, selector.capacity_factor) == ("position", 1.0)
     assert resolved == {"top_k.renormalize": None, "top_k.drop": "position", "top_k.capacity_factor": 1.0}

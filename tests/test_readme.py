@@ -14,7 +14,7 @@ from equipoise.config import CompareConfig, load
 ROOT = Path(__file__).parent.parent
 MODEL = "--dim 16 --num-heads 2 --num-layers 1 --hidden-dim 16 --num-experts 4 --seq-len 16 --batch-size 4"
 SMALL = {
-    "compare": f"{MODEL} --validation-tokens 256 --minutes 3 --seeds 1 --methods switch --baseline switch --threads 1",
+    "compare": f"{MODEL} --validation-tokens 256 --flops 2e7 --seeds 1 --methods switch --threads 1",
     "train": f"{MODEL} --validation-tokens 256 --steps 3 --threads 1",
     "generate": "--tokens 5",
     "methods": "",
@@ -29,9 +29,10 @@ def commands() -> list[str]:
 def shrink(words: list[str], flags: str) -> list[str]:
     """The words with these flags instead of their own."""
     small = shlex.split(flags)
+    replaced = {*small, "--minutes"}  # --flops takes its place
     kept, dropping = [], False
     for word in words:
-        dropping = word in small if word.startswith("--") else dropping
+        dropping = word in replaced if word.startswith("--") else dropping
         kept += [] if dropping else [word]
     return kept + small
 

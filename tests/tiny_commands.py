@@ -9,7 +9,7 @@ TINY = (
 )
 OWN = {
     "train": "--method loss_free --steps 5 --checkpoint-every 2 --log-every 1 --no-tensorboard",
-    "compare": "--flops 2e7 --methods loss_free --baseline loss_free",
+    "compare": "--flops 2e7 --methods loss_free",
 }
 
 

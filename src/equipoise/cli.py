@@ -18,9 +18,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from equipoise.building import Method, defaults
 from equipoise.config import CompareConfig, RunConfig, TrainConfig, load
-from equipoise.contracts import UserError
-from equipoise.methods import METHODS, Method, defaults, find, parts_of
+from equipoise.errors import UserError
+from equipoise.methods import METHODS, find
 
 DONE, FAILED, MISUSE = 0, 1, 2
 
@@ -105,7 +106,7 @@ def _methods(config: MethodsConfig, as_json: bool) -> None:
         return
     table = Table("method", "what it does", "parts", "source")
     for method in chosen:
-        table.add_row(method.name, method.summary, ", ".join(parts_of(method)), method.source)
+        table.add_row(method.name, method.summary, ", ".join(method.parts), method.source)
     Console().print(table)
     if config.name:
         print("Settings:", ", ".join(f"{name}={value}" for name, value in defaults(chosen[0]).items()))
@@ -120,7 +121,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, bool], None], str, str]] = {
         CompareConfig,
         _compare,
         "Train balancing methods side by side at equal FLOPs on a text, and report.",
-        "equipoise compare --methods switch loss_free --baseline switch --minutes 4 --data my_texts/",
+        "equipoise compare --methods switch loss_free --minutes 4 --data my_texts/",
     ),
     "train": (
         TrainConfig,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import tomli_w
 import tyro
 
-from equipoise.contracts import UserError, require
+from equipoise.errors import UserError, require
 
 Config = TypeVar("Config")
 
@@ -181,8 +181,8 @@ class CompareConfig(RunConfig):
 
     methods: tuple[Name, ...] = ("unbalanced", "switch", "global_batch", "loss_free", "quantile", "expert_choice")
     """Methods to compare; `equipoise methods` lists them."""
-    baseline: Name = "unbalanced"
-    """Method that the others are measured against."""
+    baseline: Name | None = None
+    """Method that the others are measured against; the first if not given."""
     minutes: Positive | None = None
     """Minutes that the whole comparison may take; give this or flops."""
     seeds: Count = 1
@@ -195,8 +195,14 @@ class CompareConfig(RunConfig):
         super().check()
         _exactly_one(self, "flops", "minutes")
         names = ", ".join(self.methods)
+        require(bool(self.methods), "methods must name at least one method.")
         require(len(set(self.methods)) == len(self.methods), f"methods must name each method once, not {names}.")
-        require(self.baseline in self.methods, f"baseline must be one of methods ({names}), not {self.baseline}.")
+        require(self.reference in self.methods, f"baseline must be one of methods ({names}), not {self.baseline}.")
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are measured against."""
+        return self.methods[0] if self.baseline is None else self.baseline
 
 
 def load(cls: type[Config], path: str | Path) -> Config:

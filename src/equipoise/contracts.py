@@ -14,15 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-
-class UserError(ValueError):
-    """Something the user can mend: one clear sentence that says what to do. Commands print it and exit with 2."""
-
-
-def require(holds: bool, sentence: str) -> None:
-    """Fails: UserError with this sentence unless ``holds``."""
-    if not holds:
-        raise UserError(sentence)
+from equipoise.errors import UserError
 
 
 class NonFiniteError(UserError):
@@ -46,6 +38,7 @@ class Call:
         sequence_T: the sequence each token belongs to.
         k: experts per token.
         step: optimizer steps so far, a 0-d int64 tensor.
+        num_experts: E, without null experts.
         router: what turns tokens into logits.
         experts: the layer's routed experts.
         training: the layer is in training mode; evaluation routes every token by itself.
@@ -56,6 +49,7 @@ class Call:
     sequence_T: Int[Tensor, " T"]
     k: int
     step: Int[Tensor, ""]
+    num_experts: int
     router: nn.Module
     experts: nn.Module
     training: bool
@@ -94,8 +88,9 @@ class Scores:
 class Routing:
     """Which expert computes which token: the one record that dispatch, losses, biases and metrics read.
 
-    The N rows are sorted by expert, then by token. The bound N is static; rows without use have expert id E and weight
-    0, stand last and are never dispatched.
+    The N rows are sorted by expert, then by token. The bound N is static. Ids are the true experts, then null experts,
+    then one id for rows without use, whose weight is 0; only rows of true experts are dispatched. Where a method has
+    null experts, E counts them here and in ``Scores``.
 
     Attributes:
         token_N: the row's token.
@@ -118,37 +113,6 @@ class Routing:
     def detach(self) -> Routing:
         """The same record without gradient."""
         return Routing(self.token_N, self.expert_N, self.weight_N.detach(), self.load_E, self.dropped_E)
-
-
-class Scorer(Protocol):
-    """Tokens to scores."""
-
-    def __call__(self, call: Call) -> Scores:
-        """Score every token against every expert."""
-        ...
-
-
-@runtime_checkable
-class Selector(Protocol):
-    """Scores to routing. ``causal`` is False where a token's experts depend on other tokens."""
-
-    causal: bool
-
-    def __call__(self, call: Call, scores: Scores) -> Routing:
-        """Choose the rows."""
-        ...
-
-    def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
-        """N, the static bound on the rows of a call."""
-        ...
-
-    def refuse(self, k: int) -> None:
-        """Fails: UserError where the selector's settings make no sense with K experts per token."""
-        ...
-
-    def weigh(self, call: Call, scores: Scores, token_N: Tensor, expert_N: Tensor) -> Tensor:
-        """The combine weights of rows chosen by anyone, read from the live gate."""
-        ...
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """The layer: score, adjust, select, tap, compute, add the shared experts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 from equipoise.balancing.balanced import BalancedLayer
 from equipoise.balancing.tap import tap
 from equipoise.balancing.z_loss import ZLoss
-from equipoise.contracts import require
+from equipoise.building import build
+from equipoise.errors import require
 from equipoise.experts.swiglu import DenseSwiGLU, SwiGLU
-from equipoise.methods import build, find
-from equipoise.routing.router import Router
+from equipoise.methods import find
 
 
 class MoE(BalancedLayer):
@@ -22,7 +23,7 @@ class MoE(BalancedLayer):
         dim: D, width of the model.
         hidden_dim: F, hidden width of each expert.
         num_experts: E, routed experts.
-        top_k: K, experts per token.
+        top_k: K, experts per token; or K by step, as ``{0: 8, 1000: 1}``.
         method: a key of ``equipoise.METHODS``.
         shared_experts: experts that every token passes, beside the routed ones.
         z_loss: weight of the router z-loss; 0 leaves it out.
@@ -41,20 +42,19 @@ class MoE(BalancedLayer):
         dim: int,
         hidden_dim: int,
         num_experts: int,
-        top_k: int,
+        top_k: int | Mapping[int, int],
         method: str = "global_batch",
         shared_experts: int = 0,
         z_loss: float = 0.0,
         kernel: str = "auto",
         **settings: Any,
     ):
-        _check(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, top_k=top_k, shared_experts=shared_experts)
+        _check(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, shared_experts=shared_experts)
         scorer, selector, balancers, resolved = build(find(method), num_experts, settings)
-        selector.refuse(top_k)  # type: ignore[operator]
         if z_loss:
             balancers["z_loss"] = ZLoss(num_experts, weight=z_loss)
         experts = SwiGLU(dim, hidden_dim, num_experts, kernel)
-        super().__init__(Router(dim, num_experts), scorer, selector, balancers, experts, top_k)
+        super().__init__(scorer.make_router(dim), scorer, selector, balancers, experts, top_k)
         self.shared = DenseSwiGLU(dim, shared_experts * hidden_dim) if shared_experts else None
         self.method, self.settings = method, resolved
 
@@ -95,14 +95,10 @@ class MoE(BalancedLayer):
         return y
 
 
-def _check(num_experts: int, top_k: int, **sizes: int) -> None:
-    for name, size in {**sizes, "num_experts": num_experts}.items():
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
         least = 0 if name == "shared_experts" else 1
         require(
             isinstance(size, int) and size >= least,
             f"{name}={size!r} is impossible; give a whole number, {least} or more.",
         )
-    require(
-        isinstance(top_k, int) and 1 <= top_k <= num_experts,
-        f"top_k={top_k!r} must lie between 1 and num_experts={num_experts}.",
-    )

@@ -1,8 +1,10 @@
 """How the laws build, feed and read a layer of any method; which method is exempt from which law, and why."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ EXEMPTIONS = {  # (method, "test_file.test_name"): reason
     ("expert_choice", "test_state.test_all_tokens_to_one_expert"): "its loads are equal by construction",
     ("global_batch", "test_ranks.test_a_rank_without_a_micro_batch"): "every backward pass counts over all ranks",
 }
+
+for path in sorted(Path(__file__).parent.glob("methods_*.py")):  # what groups of methods say of themselves
+    about = importlib.import_module(f"laws.{path.stem}")
+    SETTINGS |= about.SETTINGS
+    EXEMPTIONS |= about.EXEMPTIONS
 
 Make = Callable[..., MoE]
 

@@ -1,6 +1,8 @@
 """Layers that are broken on purpose, and the law that must reject each: the faults that other libraries shipped."""
 
+import importlib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -249,3 +251,5 @@ FAULTS = {
     ),
     "the tap is on the output": Fault("test_compiled.test_compiled_keeps_the_tap", "laws.faults:taps_the_output"),
 }
+for path in sorted(Path(__file__).parent.glob("faults_*.py")):
+    FAULTS |= importlib.import_module(f"laws.{path.stem}").FAULTS

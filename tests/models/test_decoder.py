@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from equipoise.config import ModelConfig
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.methods import METHODS
 from equipoise.models.decoder import Decoder, loss
 from equipoise.routing import SCORERS

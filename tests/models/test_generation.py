@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from equipoise.config import ModelConfig
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder
 from equipoise.models.generation import _draw, generate
 

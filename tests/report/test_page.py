@@ -10,7 +10,7 @@ from importlib import resources
 import pytest
 from made_up_results import made_up_results
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.report.page import write_page
 
 HOSTILE = "</script><script>alert('x')</script>&amp;<b>"

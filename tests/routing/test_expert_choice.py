@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.routing.expert_choice import ExpertChoice
 from equipoise.routing.top_k import TopK
 from hand_made import call_of, check_order, dense, scores_of

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.contracts import Scores, UserError
+from equipoise.contracts import Scores
+from equipoise.errors import UserError
 from equipoise.routing.softmax import Softmax
 from equipoise.routing.top_k import TopK
 from hand_made import awkward_logits, call_of, check_order, dense, scores_of

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training.batches import Batches, TokenSet, share, validation_batches
 from equipoise.training.documents import Document
 from equipoise.training.tokenizer import ByteTokenizer

@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import checkpoint
 from training.checkpoint_cases import bits, blank, names, no_file_above, three, values
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import checkpoint, manifest
 from training.checkpoint_cases import bits, blank, three, values
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import checkpoint
 from training.checkpoint_cases import names, no_file_above, three, values
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import checkpoint
 from training.checkpoint_cases import names
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import checkpoint
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])

@@ -19,7 +19,7 @@ import pytest
 
 from equipoise import cli
 from equipoise.config import CompareConfig, TrainConfig, load, save, to_dict
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import checkpoint
 from equipoise.training.compare import REPORT_FILE, RESULTS_FILE, compare
 from equipoise.training.loop import train

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import compare as module
 from equipoise.training.compare import BUDGET_FILE, compare
 from equipoise.training.metrics import read

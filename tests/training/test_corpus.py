@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import cache, corpus, default_corpus
 from equipoise.training.documents import Document, cut
 

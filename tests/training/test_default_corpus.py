@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import corpus, default_corpus
 
 DOMAINS = ("python", "c", "prose", "legal")

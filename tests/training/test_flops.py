@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from equipoise import attach
 from equipoise.config import ModelConfig
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.experts.swiglu import SwiGLU
 from equipoise.models.decoder import Decoder, loss
 from equipoise.training.flops import Flops, Ledger

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder, loss
 from equipoise.training import checkpoint, loop
 from equipoise.training.loop import WEIGHTS_FILE, Run, train

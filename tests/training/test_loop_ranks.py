@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from equipoise.config import save
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training.loop import train
 from equipoise.training.metrics import read
 from equipoise.training.run import RESULT_FILE

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from equipoise.config import save
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training.loop import train
 from equipoise.training.metrics import read
 from equipoise.training.run import CHECKPOINTS, RESULT_FILE

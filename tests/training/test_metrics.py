@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from equipoise.balancing.load_stats import LoadStats
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training.metrics import FILE, Metrics, read
 
 LAYERS = {

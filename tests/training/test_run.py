@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from equipoise.config import CompareConfig, ModelConfig, TrainConfig, dump, load
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import run
 from equipoise.training.run import (
     CONFIG_FILE,

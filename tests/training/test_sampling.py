@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from equipoise.config import TrainConfig
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.models.generation import generate
 from equipoise.training import sampling
 from equipoise.training.loop import WEIGHTS_FILE, train

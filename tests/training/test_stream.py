@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training.batches import TokenSet
 from equipoise.training.documents import Document
 from equipoise.training.stream import StreamBatches, TextStream, held_out

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import tokenizer
 from equipoise.training.documents import Document
 from equipoise.training.tokenizer import BPETokenizer, ByteTokenizer

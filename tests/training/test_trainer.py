@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from equipoise.config import TrainConfig
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.methods import METHODS
 from equipoise.models.decoder import Decoder, loss
 from equipoise.training.run import World

@@ -12,7 +12,7 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from equipoise.balancing.balanced import balanced_layers
-from equipoise.contracts import require
+from equipoise.errors import require
 
 Scale = Tensor | float
 
@@ -98,6 +98,7 @@ class Handle:
         if self.world_size > 1:
             _all_reduce(sums, self.group)
         trained = torch.stack([total["calls"] for total in sums]).sum() > 0  # on some rank; asked without a wait
+        _pool(list(self.layers.values()), sums)
         for layer, total in zip(self.layers.values(), sums):
             layer.commit(total, trained)
         self.discard()
@@ -174,6 +175,21 @@ class _Follow(torch.autograd.Function):
         ctx.handle._followed = exact * ctx.count
         Variable._execution_engine.queue_callback(ctx.handle.forget_scale)
         return grad, None, None
+
+
+def _pool(layers: Sequence[Any], sums: list[dict[str, Tensor]]) -> None:
+    """Give parts that are one over all layers the sum of what the layers counted, and how many layers that were."""
+    pooled: dict[str, Tensor] = {}
+    owners: dict[str, list[dict[str, Tensor]]] = {}
+    for layer, total in zip(layers, sums):
+        for part in layer.across_layers():
+            owners.setdefault(part, []).append(total)
+            for name in [name for name in total if name.startswith(f"{part}.")]:
+                pooled[name] = pooled[name] + total[name] if name in pooled else total[name]
+    for part, totals in owners.items():
+        for total in totals:
+            total |= {name: value for name, value in pooled.items() if name.startswith(f"{part}.")}
+            total[f"{part}.layers"] = torch.full_like(total["calls"], len(totals))
 
 
 def _all_reduce(sums: Iterable[dict[str, Tensor]], group: dist.ProcessGroup | None) -> None:

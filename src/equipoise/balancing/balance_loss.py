@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.balancing.balancer import Balancer
-from equipoise.contracts import Call, Routing, Scores, require
+from equipoise.contracts import Call, Routing, Scores
+from equipoise.errors import require
 
 SCOPES = ("micro", "global")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from equipoise.balancing.recomputation import current_checkpoint, in_backward, refuse_lost_backward
 from equipoise.balancing.window import Window
-from equipoise.contracts import Call, NonFiniteError, Routing, Scores, Stateful, UserError
+from equipoise.contracts import Call, NonFiniteError, Routing, Scores, Stateful
+from equipoise.errors import UserError
+from equipoise.sparsity import Sparsity
 
 if TYPE_CHECKING:
     from equipoise.routing.override import Hook
@@ -22,9 +25,12 @@ class BalancedLayer(nn.Module):
 
     Args:
         router, scorer, selector, balancers, experts: the parts.
-        top_k: K, experts per token.
+        top_k: K, experts per token; or K by step, as ``{0: 8, 1000: 1}``.
 
     Attributes:
+        num_experts: E, without null experts.
+        top_k: K at the present step.
+        sparsity: K by step.
         step: optimizer steps so far; saved with the model, since schedules read it.
         window: what was counted since the last step.
         override: a hook that takes the selector's place; see ``equipoise.override``.
@@ -46,11 +52,16 @@ class BalancedLayer(nn.Module):
         selector: nn.Module,
         balancers: nn.ModuleDict,
         experts: nn.Module,
-        top_k: int,
+        top_k: int | Mapping[int, int],
     ):
         super().__init__()
         self.router, self.scorer, self.selector, self.balancers = router, scorer, selector, balancers
-        self.experts, self.top_k = experts, top_k
+        self.experts = experts
+        self.num_experts = self.router.weight.shape[0] - self.selector.nulls
+        self.sparsity = Sparsity.of(top_k, self.num_experts)
+        for k in self.sparsity.top_k:
+            self.selector.refuse(k)
+        self.top_k = self.sparsity.at(0)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         learns = any(isinstance(p, Stateful) or getattr(p, "needs_all_ranks", False) for p in self._parts().values())
         self.window = Window(balancers, learns)
@@ -58,17 +69,13 @@ class BalancedLayer(nn.Module):
         self.routing: Routing | None = None
         self.logit_total: Tensor | None = None
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.router.weight.shape[0]
-
     def call(self, x: Float[Tensor, "*batch D"], mask: Bool[Tensor, "*batch"] | None) -> Call:
         """What the parts may read of this call; padding is zeroed, so that nothing in it can spread.
 
         Fails: UserError for tokens of a wrong width or type, or a mask that does not fit them.
         """
         self._check(x, mask)
+        self._follow_sparsity()
         if self.training and not torch.compiler.is_compiling():
             self._note_checkpointing()
         x_TD = x.reshape(-1, x.shape[-1])
@@ -77,7 +84,7 @@ class BalancedLayer(nn.Module):
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
         length = x.shape[-2] if x.dim() > 2 else max(1, x_TD.shape[0])
         sequence_T = torch.arange(x_TD.shape[0], device=x.device) // length
-        return Call(x_TD, mask_T, sequence_T, self.top_k, self.step, self.router, self.experts, self.training)
+        return self._call(x_TD, mask_T, sequence_T, self.training)
 
     def choose(self, call: Call, scores: Scores) -> Routing:
         """Let the selector choose the rows, or the hook that overrides it."""
@@ -117,8 +124,8 @@ class BalancedLayer(nn.Module):
         weight = self.router.weight  # may be sharded, and so is only asked for its shape
         dtype = torch.promote_types(weight.dtype, torch.float32)
         x_TD = torch.zeros(0, weight.shape[1], dtype=dtype, device=weight.device)
-        call = Call(x_TD, None, x_TD.new_zeros(0).long(), self.top_k, self.step, self.router, self.experts, True)
-        scores = Scores(*[x_TD.new_zeros(0, self.num_experts)] * 4)
+        call = self._call(x_TD, None, x_TD.new_zeros(0).long(), training=True)
+        scores = Scores(*[x_TD.new_zeros(0, weight.shape[0])] * 4)
         routing = self.selector(call, scores)
         losses = {f"loss.{name}": scores.prob_TE.new_zeros(()) for name in self.losses(call, scores, routing)}
         return self.statistics(call, scores, routing) | {"calls": torch.zeros_like(self.step)} | losses
@@ -134,7 +141,26 @@ class BalancedLayer(nn.Module):
                 own = {name.partition(".")[2]: value for name, value in total.items() if name.startswith(f"{part}.")}
                 module.update(own)
         self.step += trained.to(self.step.device)
+        self._follow_sparsity()
         self.window.last = total
+
+    def across_layers(self) -> list[str]:
+        """The parts whose state is one for all layers, and so moves by the statistics of all."""
+        return [part for part, module in self._parts().items() if getattr(module, "across_layers", False)]
+
+    def readings(self) -> dict[str, Tensor]:
+        """What the parts tell of their state, 0-d each, as ``"part.name"``."""
+        found = {part: module.readings() for part, module in self._parts().items() if hasattr(module, "readings")}
+        return {f"{part}.{name}": value for part, values in found.items() for name, value in values.items()}
+
+    def _call(self, x_TD: Tensor, mask_T: Tensor | None, sequence_T: Tensor, training: bool) -> Call:
+        sizes = self.top_k, self.step, self.num_experts
+        return Call(x_TD, mask_T, sequence_T, *sizes, self.router, self.experts, training)
+
+    def _follow_sparsity(self) -> None:
+        """Take K of the present step; a compiled call takes that of the last plain one or ``commit``."""
+        if not self.sparsity.constant and not torch.compiler.is_compiling():
+            self.top_k = self.sparsity.at(int(self.step))
 
     def _note_checkpointing(self) -> None:
         """Refuse a checkpoint that loses its backward; forget the scale of a backward pass that failed."""
@@ -164,8 +190,9 @@ class BalancedLayer(nn.Module):
                 f"mask must be bool {list(x.shape[:-1])}, True for a real token, not {mask.dtype} {list(mask.shape)}."
             )
 
-    def _parts(self) -> dict[str, nn.Module]:
-        return {"scorer": self.scorer, "selector": self.selector, **dict(self.balancers.items())}
+    def _parts(self) -> dict[str, Any]:
+        parts = {"router": self.router, "scorer": self.scorer, "selector": self.selector}
+        return parts | dict(self.balancers.items())
 
 
 def balanced_layers(model: nn.Module) -> dict[str, BalancedLayer]:

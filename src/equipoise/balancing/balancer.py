@@ -16,9 +16,12 @@ class Balancer(nn.Module):
 
     Attributes:
         weight: of the loss in what is trained on.
+        across_layers: the state is one for all layers of a model; ``update`` then gets the statistics of all layers, and
+            their number as ``"layers"``.
     """
 
     weight: float = 0.0
+    across_layers: bool = False
 
     def adjust(self, call: Call, scores: Scores) -> Scores:
         """The scores with another ``choice``."""
@@ -31,6 +34,10 @@ class Balancer(nn.Module):
     def slope(self, carrier: Tensor, demand_E: Int[Tensor, " E"]) -> Tensor:
         """The carrier's slope, given the window's demand over all ranks so far."""
         return torch.ones_like(carrier)
+
+    def readings(self) -> dict[str, Tensor]:
+        """What the balancer tells of its state, 0-d each, for logs."""
+        return {}
 
     @property
     def needs_all_ranks(self) -> bool:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from equipoise.balancing.balancer import SelectionBias
-from equipoise.contracts import Call, Routing, Scores, require
+from equipoise.contracts import Call, Routing, Scores
+from equipoise.errors import require
 
 
 class Bias(SelectionBias):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from equipoise.balancing.balanced import BalancedLayer, balanced_layers
-from equipoise.contracts import UserError, require
+from equipoise.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class LoadStats:
         dropped: rows that found their expert full.
         loss: each balancing loss by name; the balance loss reads 1 when balanced.
         weighted_loss: the same times its weight: what is trained on.
+        nulls: share of the rows that null experts got; ``load`` and all above are those of the true ones.
+        readings: what the layer's parts tell of their state, as ``"part.name"``.
         scope: ``"window"``, the last optimizer step over all micro-batches and ranks, or ``"call"``, the last call.
     """
 
@@ -37,6 +39,8 @@ class LoadStats:
     dropped: int = 0
     loss: dict[str, float] = field(default_factory=dict)
     weighted_loss: dict[str, float] = field(default_factory=dict)
+    nulls: float = 0.0
+    readings: dict[str, float] = field(default_factory=dict)
     scope: str = "call"
 
     @classmethod
@@ -80,12 +84,21 @@ def load_stats(model: nn.Module) -> dict[str, LoadStats]:
 
 def _of(name: str, layer: BalancedLayer) -> LoadStats:
     last = layer.window.last
+    readings = {key: float(value) for key, value in layer.readings().items()}
     if last:
         tokens = max(1, int(last["tokens"]))
         values = {key: float(last[f"loss.{key}"]) / tokens for key in layer.balancers if f"loss.{key}" in last}
         loss = {key: (value, value * layer.balancers[key].weight) for key, value in values.items()}
-        return LoadStats.of(last["demand_E"], int(last["dropped"]), loss, scope="window")
+        found = LoadStats.of(last["demand_E"][: layer.num_experts], int(last["dropped"]), loss, scope="window")
+        return replace(found, nulls=_share(last["demand_E"], layer.num_experts), readings=readings)
     if layer.routing is None:
         name = name or type(layer).__name__
         raise UserError(f"Layer {name!r} has not been called yet, so it has no load.")
-    return LoadStats.of(layer.routing.demand_E(), int(layer.routing.dropped_E.sum()))
+    demand_E = layer.routing.demand_E()
+    found = LoadStats.of(demand_E[: layer.num_experts], int(layer.routing.dropped_E.sum()))
+    return replace(found, nulls=_share(demand_E, layer.num_experts), readings=readings)
+
+
+def _share(demand_E: Int[Tensor, " E"], num_experts: int) -> float:
+    """The share of the rows that lie beyond the true experts."""
+    return float(demand_E[num_experts:].sum() / demand_E.sum().clamp(min=1))

@@ -5,7 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from equipoise.balancing.balancer import SelectionBias
-from equipoise.contracts import Call, Routing, Scores, require
+from equipoise.contracts import Call, Routing, Scores
+from equipoise.errors import require
 
 
 class Quantile(SelectionBias):

@@ -14,7 +14,7 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 
-from equipoise.contracts import require
+from equipoise.errors import require
 
 _FORWARD = checkpointing.CheckpointFunction.forward.__code__
 _BACKWARD = checkpointing.CheckpointFunction.backward.__code__

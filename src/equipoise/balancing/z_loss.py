@@ -5,7 +5,8 @@ import math
 from torch import Tensor
 
 from equipoise.balancing.balancer import Balancer
-from equipoise.contracts import Call, Routing, Scores, require
+from equipoise.contracts import Call, Routing, Scores
+from equipoise.errors import require
 
 
 class ZLoss(Balancer):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equipoise.contracts import Routing, require
+from equipoise.contracts import Routing
+from equipoise.errors import require
 from equipoise.kernels.chooser import choose, refuse_unknown
 from equipoise.kernels.swiglu import swiglu
 
@@ -47,7 +48,8 @@ class SwiGLU(nn.Module):
         same = x.dtype == gate_up.dtype
         require(same, f"The tokens are {x.dtype}, but the experts {gate_up.dtype}; convert one of them with .to().")
         self.kernel_used = kernel = choose(self.kernel, x.dtype, (*gate_up.shape[1:], down.shape[2]))
-        return swiglu(x, routing.token_N, routing.weight_N, gate_up, down, routing.load_E.cumsum(0), kernel)[0]
+        end_E = routing.load_E[: gate_up.shape[0]].cumsum(0)  # null experts stand behind the true ones
+        return swiglu(x, routing.token_N, routing.weight_N, gate_up, down, end_E, kernel)[0]
 
 
 class DenseSwiGLU(nn.Module):

@@ -2,7 +2,7 @@
 
 import torch
 
-from equipoise.contracts import require
+from equipoise.errors import require
 from equipoise.kernels import KERNELS, grouped_mm
 
 

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 
 
 class Cache:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from equipoise.config import ModelConfig
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.experts.swiglu import DenseSwiGLU, SwiGLU
 from equipoise.models.cache import Cache
 from equipoise.moe import MoE

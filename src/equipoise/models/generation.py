@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.models.cache import Cache
 from equipoise.models.decoder import Decoder
 

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.report import figures, sections
 from equipoise.report.looks import looks
 from equipoise.report.results import Results, runs_by_method

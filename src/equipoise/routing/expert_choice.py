@@ -1,17 +1,17 @@
 """Expert choice: every expert takes its best tokens, so the load is equal by construction."""
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
 
-from equipoise.contracts import Call, Routing, Scores, UserError, require
-from equipoise.routing.rows import pack, weigh
+from equipoise.contracts import Call, Routing, Scores
+from equipoise.errors import UserError, require
+from equipoise.routing.rows import pack
+from equipoise.routing.selector import Selector
 from equipoise.routing.top_k import TopK
 
 EVALUATIONS = ("refuse", "top_k", "as_trained")
 
 
-class ExpertChoice(nn.Module):
+class ExpertChoice(Selector):
     """Every expert takes the ``floor(tokens * K / E)`` tokens of highest ``choice``, at least one; N = E*C rows.
 
     A token may be taken by any number of experts, also by none. Which ones depends on the other tokens of the call,
@@ -30,10 +30,10 @@ class ExpertChoice(nn.Module):
     causal = False
 
     def __init__(self, num_experts: int, *, renormalize: bool = False, evaluation: str = "refuse"):
-        super().__init__()
+        super().__init__(num_experts, renormalize=renormalize)
         known = ", ".join(EVALUATIONS)
         require(evaluation in EVALUATIONS, f"evaluation={evaluation!r} is unknown; choose one of {known}.")
-        self.renormalize, self.evaluation = renormalize, evaluation
+        self.evaluation = evaluation
         self.token_choice = TopK(num_experts, renormalize=None if renormalize else False)
 
     def forward(self, call: Call, scores: Scores) -> Routing:
@@ -69,9 +69,3 @@ class ExpertChoice(nn.Module):
 
     def refuse(self, k: int) -> None:
         """Any K will do: it says how many tokens an expert takes on average, not how many experts a token has."""
-
-    def weigh(
-        self, call: Call, scores: Scores, token_N: Int[Tensor, " N"], expert_N: Int[Tensor, " N"]
-    ) -> Float[Tensor, " N"]:
-        """The combine weights of these rows."""
-        return weigh(scores, token_N, expert_N, self.renormalize)

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from equipoise.balancing.balanced import balanced_layers
-from equipoise.contracts import Call, Routing, Scores, Selector, require
+from equipoise.contracts import Call, Routing, Scores
+from equipoise.errors import require
 from equipoise.routing.rows import pack, unmasked
+from equipoise.routing.selector import Selector
 
 Hook = Callable[[Call, Scores, Selector], Routing]
 
@@ -61,10 +63,10 @@ def replay(recorded: Routing) -> Hook:
 
 def forced_balance(call: Call, scores: Scores, selector: Selector) -> Routing:
     """Deal the experts out in turn: loads differ by one row at most, whatever the scores (for measuring speed)."""
-    num_tokens, num_experts = scores.gate_TE.shape
+    num_tokens, unused = scores.gate_TE.shape
     device = scores.gate_TE.device
     token_N = torch.arange(num_tokens, device=device).repeat_interleave(call.k)
     place_T = torch.arange(num_tokens, device=device) if call.mask_T is None else call.mask_T.cumsum(0) - 1
-    expert_TK = (place_T[:, None] * call.k + torch.arange(call.k, device=device)) % num_experts
-    expert_N = unmasked(call, token_N, expert_TK.reshape(-1), num_experts)
+    expert_TK = (place_T[:, None] * call.k + torch.arange(call.k, device=device)) % call.num_experts
+    expert_N = unmasked(call, token_N, expert_TK.reshape(-1), unused)
     return pack(scores, token_N, expert_N, selector.weigh(call, scores, token_N, expert_N))

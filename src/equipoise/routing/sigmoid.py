@@ -1,18 +1,14 @@
 """Sigmoid scores."""
 
-from torch import nn
-
 from equipoise.contracts import Call, Scores
+from equipoise.routing.scorer import Scorer
 
 
-class Sigmoid(nn.Module):
+class Sigmoid(Scorer):
     """``gate = choice = sigmoid(logit)``: every expert is scored by itself; losses read the scores normalised over E.
 
     Source: DeepSeek-V3 (2412.19437), eq. 15; the normalisation for losses is its eq. 19. Differs: no.
     """
-
-    def __init__(self, num_experts: int):
-        super().__init__()
 
     def forward(self, call: Call) -> Scores:
         """Score every token against every expert."""

@@ -1,19 +1,15 @@
 """Softmax scores."""
 
-from torch import nn
-
 from equipoise.contracts import Call, Scores
+from equipoise.routing.scorer import Scorer
 
 
-class Softmax(nn.Module):
+class Softmax(Scorer):
     """``prob = gate = choice = softmax(logit)`` over all experts, before selection.
 
     Source: Shazeer et al. 2017 (1701.06538), eq. 2, without its noise; Switch (2101.03961), eq. 1.
     Differs: no.
     """
-
-    def __init__(self, num_experts: int):
-        super().__init__()
 
     def forward(self, call: Call) -> Scores:
         """Score every token against every expert."""

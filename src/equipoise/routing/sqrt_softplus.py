@@ -1,20 +1,17 @@
 """Square-root-of-softplus scores."""
 
 import torch.nn.functional as F
-from torch import nn
 
 from equipoise.contracts import Call, Scores
+from equipoise.routing.scorer import Scorer
 
 
-class SqrtSoftplus(nn.Module):
+class SqrtSoftplus(Scorer):
     """``gate = choice = sqrt(softplus(logit))``: positive and unbounded; losses read the scores normalised over E.
 
     Source: Megatron-Core's ``sqrtsoftplus`` score function. Differs: softplus is kept above 1e-20, where the root's
     gradient would be infinite.
     """
-
-    def __init__(self, num_experts: int):
-        super().__init__()
 
     def forward(self, call: Call) -> Scores:
         """Score every token against every expert."""

@@ -4,13 +4,15 @@ import math
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from equipoise.contracts import Call, Routing, Scores, require
+from equipoise.contracts import Call, Routing, Scores
+from equipoise.errors import require
 from equipoise.routing.rows import pack, unmasked, weigh
+from equipoise.routing.selector import Selector
 
 
-class TopK(nn.Module):
+class TopK(Selector):
     """Choose the K experts of highest ``choice`` per token; N = T*K rows.
 
     Args:
@@ -26,8 +28,6 @@ class TopK(nn.Module):
     off in evaluation, and a dropped row's weight is not given to the token's other experts.
     """
 
-    causal = True
-
     def __init__(
         self,
         num_experts: int,
@@ -36,11 +36,11 @@ class TopK(nn.Module):
         capacity_factor: float | None = None,
         drop: str = "score",
     ):
-        super().__init__()
+        super().__init__(num_experts, renormalize=renormalize)
         require(drop in ("score", "position"), f"drop={drop!r} is unknown; choose 'score' or 'position'.")
         kept = capacity_factor is None or 0 < capacity_factor < math.inf
         require(kept, f"capacity_factor={capacity_factor} is no factor; give a positive number, or None.")
-        self.renormalize, self.capacity_factor, self.drop = renormalize, capacity_factor, drop
+        self.capacity_factor, self.drop = capacity_factor, drop
 
     def forward(self, call: Call, scores: Scores) -> Routing:
         """Choose the rows."""
@@ -56,21 +56,6 @@ class TopK(nn.Module):
         dropped_E = count.scatter_add(0, expert_N, over_N.to(torch.int64))[:num_experts]
         expert_N = expert_N.masked_fill(over_N, num_experts)
         return pack(scores, token_N, expert_N, weight_N.masked_fill(over_N, 0), dropped_E)
-
-    def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
-        """N = T*K."""
-        return num_tokens * k
-
-    def refuse(self, k: int) -> None:
-        """Fails: UserError where these settings make no sense with K experts per token."""
-        sentence = "renormalize=True with top_k=1 makes every weight 1 and starves the router; leave it out."
-        require(not (self.renormalize and k == 1), sentence)
-
-    def weigh(
-        self, call: Call, scores: Scores, token_N: Int[Tensor, " N"], expert_N: Int[Tensor, " N"]
-    ) -> Float[Tensor, " N"]:
-        """The combine weights of these rows."""
-        return weigh(scores, token_N, expert_N, call.k > 1 if self.renormalize is None else self.renormalize)
 
     def _over_capacity(
         self, call: Call, num_experts: int, expert_N: Int[Tensor, " N"], gate_N: Float[Tensor, " N"]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64, UInt, UInt8
 from torch import Tensor
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training.documents import Document, digest
 from equipoise.training.tokenizer import SEPARATOR, Tokenizer
 from equipoise.training.waiting import bar

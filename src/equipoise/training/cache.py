@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 
 
 def folder() -> Path:

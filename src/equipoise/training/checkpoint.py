@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, Optimizer
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import manifest
 
 Tensors = dict[str, Shaped[Tensor, "..."]]

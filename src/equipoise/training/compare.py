@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from equipoise.config import CompareConfig, RunConfig, TrainConfig, dump, to_dict
-from equipoise.contracts import UserError
-from equipoise.methods import find, parts_of
+from equipoise.errors import UserError
+from equipoise.methods import find
 from equipoise.models.decoder import Decoder
 from equipoise.report.page import plotly_script, write_page
 from equipoise.report.results import power
@@ -97,7 +97,7 @@ def _settings(config: CompareConfig) -> dict[str, tuple[str, ...]]:
     """The user's settings for each method: those of parts that it has. Fails: UserError for one that none has."""
     fitting: dict[str, tuple[str, ...]] = {}
     for name in config.methods:
-        parts = parts_of(find(name))
+        parts = find(name).parts
         fitting[name] = tuple(item for item in config.model.set if item.partition(".")[0] in parts)
     unused = sorted(set(config.model.set).difference(*fitting.values()))
     if unused:
@@ -124,7 +124,7 @@ def _calibrate(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any
     wait_for(folder)
     shutil.rmtree(folder)  # a measurement that was cut short cannot be resumed
     start = time.perf_counter()
-    probe = _base(config, config.baseline, seed=0, out=str(folder))
+    probe = _base(config, config.reference, seed=0, out=str(folder))
     every = CALIBRATION_STEPS // VALIDATIONS
     done = _run(replace(probe, steps=CALIBRATION_STEPS, flops=None, log_every=every, validate_every=every), text)
     wall = time.perf_counter() - start
@@ -158,7 +158,7 @@ def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], st
     """The run of one method and seed, with what scales to its length."""
     run = _base(config, method, seed, out=str(Path(config.out) / RUNS / f"{method}-seed{seed}"))
     items = run.model.set
-    if "bias" in parts_of(find(method)) and not _sets(items, "bias.rate"):
+    if "bias" in find(method).parts and not _sets(items, "bias.rate"):
         items += (f"bias.rate={bias_rate(steps):.2g}",)
     every = max(1, steps // 100)
     return replace(
@@ -222,7 +222,7 @@ def _results(
         "settings": to_dict(config),
         "budget": budget,
         "data": {"source": config.data.source, **text},
-        "baseline": config.baseline,
+        "baseline": config.reference,
         "runs": [
             {key: value for key, value in run.items() if key != "text"} | {"notes": _notes(config, run)} for run in runs
         ],

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import cache, default_corpus
 from equipoise.training.documents import Document, cut, digest
 

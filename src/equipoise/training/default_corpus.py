@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import documents
 from equipoise.training.documents import Document, cut, digest
 from equipoise.training.waiting import bar

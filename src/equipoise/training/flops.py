@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder
 
 

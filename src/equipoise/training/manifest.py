@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 
 NAME = "checkpoint.json"
 SCHEMA = 1

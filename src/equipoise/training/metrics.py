@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.balancing.load_stats import LoadStats
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training.run import write
 
 FILE = "metrics.jsonl"
@@ -44,7 +44,7 @@ class Metrics:
         for layer, values in detail.items():
             for name in ("max_vio", "cv", "entropy", "dead", "dropped"):
                 self._board.add_scalar(f"{name}/{layer}", values[name], record["step"])
-            for name, value in values["loss"].items():
+            for name, value in (values["loss"] | values["readings"]).items():
                 self._board.add_scalar(f"{name}/{layer}", value, record["step"])
         self._board.flush()  # else a kill takes what the writer still holds
 
@@ -76,6 +76,8 @@ def _detail(stats: LoadStats) -> dict[str, Any]:
         "dropped": stats.dropped,
         "loss": stats.loss,
         "weighted_loss": stats.weighted_loss,
+        "nulls": stats.nulls,
+        "readings": stats.readings,
     }
 
 

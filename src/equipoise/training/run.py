@@ -21,7 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from equipoise.config import RunConfig, TrainConfig, dump, load, to_dict
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 
 CONFIG_FILE = "config.toml"
 RESULT_FILE = "result.json"

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from equipoise.config import TrainConfig, load
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder
 from equipoise.models.generation import generate
 from equipoise.training import tokenizer

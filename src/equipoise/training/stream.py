@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training.batches import MOST_DOMAINS, Batch, gather, share
 from equipoise.training.documents import Document, digest
 from equipoise.training.tokenizer import SEPARATOR, Tokenizer

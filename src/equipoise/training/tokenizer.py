@@ -12,7 +12,7 @@ from typing import Any, SupportsInt
 import numpy as np
 from jaxtyping import UInt
 
-from equipoise.contracts import UserError
+from equipoise.errors import UserError
 from equipoise.training import cache
 from equipoise.training.documents import Document, digest
 from equipoise.training.waiting import bar

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from equipoise.balancing.attach import attach
 from equipoise.balancing.balanced import balanced_layers
 from equipoise.config import TrainConfig
-from equipoise.contracts import NonFiniteError, UserError
+from equipoise.contracts import NonFiniteError
+from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder, loss
 from equipoise.training.evaluation import Evaluation, evaluate
 from equipoise.training.flops import Ledger
@@ -165,8 +166,8 @@ class Trainer:
 
     def _max_vio(self) -> float:
         """The step's MaxVio over all ranks, averaged over the layers."""
-        loads = [layer.window.last["demand_E"].double() for layer in self.layers.values()]
-        return sum(float(load_E.max() / load_E.mean()) - 1 for load_E in loads) / max(1, len(loads))
+        loads = [layer.window.last["demand_E"][: layer.num_experts].double() for layer in self.layers.values()]
+        return sum(float(load_E.max() / load_E.mean().clamp(min=1e-9)) - 1 for load_E in loads) / max(1, len(loads))
 
     def _sum_over_ranks(self, value: int) -> int:
         if self.ranks.size == 1:
