@@ -1,7 +1,7 @@
 """Layers that are broken on purpose, and the law that must reject each: the faults that other libraries shipped."""
 
 import importlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from equipoise import MoE, Scores
 from equipoise.balancing.bias import Bias
 from equipoise.balancing.flat import pack
 from equipoise.balancing.window import Window
-from laws.cases import E, Make, build
+from laws.cases import E, build
+from laws.fault import Fault, breaking
 
 
 class CountsPadding(MoE):
@@ -146,22 +147,6 @@ class TapsTheOutput(MoE):
         return y_TD.view(x.shape)
 
 
-def breaking(
-    layer: type[MoE] | None = None, window: type[Window] | None = None, bias: type[Bias] | None = None
-) -> Make:
-    """Builds layers some of whose parts are of these classes instead."""
-
-    def make(method: str, **changes: Any) -> MoE:
-        built = build(method, **changes)
-        built.__class__ = layer or built.__class__
-        built.window.__class__ = window or built.window.__class__
-        if bias:
-            built.balancers["bias"].__class__ = bias
-        return built
-
-    return make
-
-
 def counts_in_a_buffer(method: str) -> MoE:
     layer = breaking(window=CountsInABuffer)(method)
     layer.register_buffer("counter_E", torch.zeros(E, dtype=torch.int64))
@@ -183,21 +168,6 @@ class Pooled:
         layer = build(method, **changes)
         self.window = layer.window = self.window or layer.window
         return layer
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is broken, and the law that must reject it.
-
-    Attributes:
-        law: ``"test_file.test_name"``.
-        make: builds the broken layer; by name where the law builds it in another process.
-        arguments: the law's others.
-    """
-
-    law: str
-    make: Make | str
-    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 FAULTS = {
