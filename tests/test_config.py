@@ -158,10 +158,6 @@ def compare(**changes: Any) -> CompareConfig:
         (compare(minutes=math.inf), "minutes must be a number above 0, not inf."),
         (compare(methods=("switch", "switch")), "methods must name each method once, not switch, switch."),
         (compare(methods=()), "methods must name at least one method."),
-        (
-            compare(methods=("switch",), baseline="unbalanced"),
-            "baseline must be one of methods (switch), not unbalanced.",
-        ),
     ],
 )
 def test_check_refuses_what_does_not_fit(config, sentence):

@@ -18,6 +18,7 @@ import tomli_w
 import tyro
 
 from equipoise.errors import UserError, require
+from equipoise.sparsity import parse
 
 Config = TypeVar("Config")
 
@@ -37,6 +38,8 @@ Share = Annotated[float, Limit(lambda value: 0 <= value <= 1, "from 0 to 1")]
 Decay = Annotated[float, Limit(lambda value: 0 <= value < 1, "from 0 to below 1")]
 Name = Annotated[str, Limit(bool, "that is not empty")]
 Setting = Annotated[str, Limit(re.compile(r"\w+\.\w+=.+").fullmatch, "such as bias.rate=1e-3")]
+KByStep = Annotated[str, Limit(re.compile("[0-9]+:[1-9][0-9]*(,[1-9][0-9]*)*").fullmatch, "such as 0:8,4,2,2 or 500:2")]
+Sweep = Annotated[str, Limit(re.compile(r"\w+\.\w+=[^,\s]+(,[^,\s]+)+").fullmatch, "such as bias.rate=1e-4,1e-3,1e-2")]
 Tokenizer = Annotated[str, Limit(re.compile("bytes|bpe:[1-9][0-9]*").fullmatch, "such as bytes or bpe:4096")]
 
 
@@ -56,6 +59,8 @@ class ModelConfig:
     """Routed experts per layer."""
     top_k: Count = 2
     """Experts per token."""
+    sparsity: tuple[KByStep, ...] = ()
+    """Experts per token by step in place of top_k, one for all MoE layers or one each, such as 0:8,4,2,2 500:2."""
     shared_experts: Natural = 0
     """Experts that every token visits, beside the routed ones."""
     dense_layers: Natural = 0
@@ -75,6 +80,7 @@ class ModelConfig:
         experts, layers, pairs = self.num_experts, self.num_layers, 2 * self.num_heads
         require(self.top_k <= experts, f"top_k must be at most num_experts ({experts}), not {self.top_k}.")
         require(self.dense_layers <= layers, f"dense_layers must be at most {layers}, not {self.dense_layers}.")
+        parse(self.sparsity, self.top_k, layers - self.dense_layers, experts)
         require(self.dim % pairs == 0, f"dim must be a multiple of 2 * num_heads ({pairs}), not {self.dim}.")
 
 
@@ -187,6 +193,8 @@ class CompareConfig(RunConfig):
     """Minutes that the whole comparison may take; give this or flops."""
     seeds: Count = 1
     """Runs per method."""
+    sweep: tuple[Sweep, ...] = ()
+    """Settings to try with several values, each as part.setting=value,value, such as bias.rate=1e-4,1e-3."""
     out: Name = "runs/compare"
     """Folder for the report, the results and the resolved configuration."""
 
@@ -197,12 +205,6 @@ class CompareConfig(RunConfig):
         names = ", ".join(self.methods)
         require(bool(self.methods), "methods must name at least one method.")
         require(len(set(self.methods)) == len(self.methods), f"methods must name each method once, not {names}.")
-        require(self.reference in self.methods, f"baseline must be one of methods ({names}), not {self.baseline}.")
-
-    @property
-    def reference(self) -> str:
-        """The method that the others are measured against."""
-        return self.methods[0] if self.baseline is None else self.baseline
 
 
 def load(cls: type[Config], path: str | Path) -> Config:

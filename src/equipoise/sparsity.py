@@ -40,6 +40,10 @@ class Sparsity:
             require(1 <= k <= num_experts, f"top_k={k!r} must lie between 1 and num_experts={num_experts}.")
         return cls(starts, tuple(by_step[start] for start in starts))
 
+    def by_step(self) -> dict[int, int]:
+        """The opposite of ``of``."""
+        return dict(zip(self.start, self.top_k))
+
     @property
     def constant(self) -> bool:
         """Whether K never changes."""
@@ -48,3 +52,26 @@ class Sparsity:
     def at(self, step: int) -> int:
         """K at this step."""
         return next(k for start, k in zip(reversed(self.start), reversed(self.top_k)) if step >= start)
+
+
+def parse(items: tuple[str, ...], top_k: int, num_layers: int, num_experts: int) -> list[Sparsity]:
+    """K by step for each MoE layer of a model.
+
+    Args:
+        items: as ``"0:8,4,2"`` and ``"500:2"``: from a step on, K of each layer in turn, or one K for all.
+        top_k: K where there are no items.
+    Fails: UserError for items that do not fit the layers, a step named twice, or as ``Sparsity.of``.
+    """
+    by_layer: list[dict[int, int]] = [{} for _ in range(num_layers)]
+    for item in items or (f"0:{top_k}",):
+        step, _, listed = item.partition(":")
+        each = [int(k) for k in listed.split(",")]
+        each = each * num_layers if len(each) == 1 else each
+        require(
+            len(each) == num_layers,
+            f"sparsity {item!r} names {len(each)} layers, but the model has {num_layers} MoE layers.",
+        )
+        for layer, k in zip(by_layer, each):
+            require(int(step) not in layer, f"sparsity names step {step} twice; name it once.")
+            layer[int(step)] = k
+    return [Sparsity.of(layer, num_experts) for layer in by_layer]

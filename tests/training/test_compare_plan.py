@@ -10,8 +10,9 @@ import pytest
 from equipoise.errors import UserError
 from equipoise.training import compare as module
 from equipoise.training.compare import BUDGET_FILE, compare
+from equipoise.training.contenders import contenders
 from equipoise.training.metrics import read
-from equipoise.training.run import RESULT_FILE, claim
+from equipoise.training.run import RESULT_FILE, RUNS, claim
 from equipoise.training.text import read_text
 from tiny_runs import STEP_FLOPS
 
@@ -25,7 +26,7 @@ FLOPS = 80.4 * STEP_FLOPS
         ({"model": {"set": ("bias.rat=1",)}}, "Method 'loss_free' has no setting 'bias.rat' .did you mean 'bias.rate'"),
         ({"model": {"set": ("quantile.bins=9",)}}, "'quantile.bins=9' fits none of the methods unbalanced, loss_free"),
         ({"model": {"top_k": 5}}, "top_k must be at most num_experts"),
-        ({"baseline": "switch"}, "baseline must be one of methods"),
+        ({"baseline": "switch"}, "baseline must be one of unbalanced, loss_free, not 'switch'"),
         ({"device": "cuda"}, "torch finds no CUDA device"),
         ({"data": {"source": "no such file"}}, "There is no file or folder 'no such file'"),
         ({"data": {"seq_len": 100_000}}, "The text has [0-9]+ tokens, but one sequence of seq_len 100000 takes 100001"),
@@ -41,27 +42,28 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_reach_the_methods_that_have_them(comparison, tmp_path: Path) -> None:
-    config = comparison(tmp_path, model={"set": ("bias.rate=0.5", "top_k.renormalize=false")})
-    sets = {method: module._base(config, method, 0, "").model.set for method in config.methods}
-    assert sets == {
-        "unbalanced": ("top_k.renormalize=false",),
-        "loss_free": ("bias.rate=0.5", "top_k.renormalize=false"),
-    }
-    budget = {"flops": FLOPS}
-    assert module._train_config(config, "loss_free", budget, 80, 0).model.set == sets["loss_free"]
-    short, long = (module._train_config(comparison(tmp_path), "loss_free", budget, steps, 3) for steps in (80, 40_000))
+def test_a_run_gets_its_contenders_settings_and_what_scales_with_its_length(comparison, tmp_path: Path) -> None:
+    config = comparison(tmp_path)
+    row = contenders(config)["loss_free"]
+    short, long = (module._train_config(config, row, {"flops": FLOPS}, steps, 3) for steps in (80, 40_000))
     assert (short.model.set, long.model.set) == (("bias.rate=0.019",), ("bias.rate=0.001",))
     assert (short.seed, short.flops, Path(short.out).name) == (3, FLOPS, "loss_free-seed3")
     assert [(c.log_every, c.validate_every, c.checkpoint_every) for c in (short, long)] == [
         (1, 16, 50),
         (400, 8000, 10_000),
     ]
-    chosen = comparison(tmp_path, methods=("expert_choice",), baseline="expert_choice")
-    assert module._base(chosen, "expert_choice", 0, "").model.set == ("expert_choice.evaluation=top_k",)
-    own = ("expert_choice.evaluation=as_trained",)
-    chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, set=own))
-    assert module._base(chosen, "expert_choice", 0, "").model.set == own
+
+
+def test_a_sweep_trains_one_run_for_each_value(comparison, tmp_path: Path) -> None:
+    sweep = ("bias.rate=1e-2,1e-3",)
+    config = comparison(tmp_path, sweep=sweep, baseline="loss_free bias.rate=1e-2", flops=2.0 * STEP_FLOPS)
+    results = compare(config)
+    names = ["unbalanced", "loss_free bias.rate=1e-2", "loss_free bias.rate=1e-3"]
+    assert [run["method"] for run in results["runs"]] == names
+    assert [run["settings"].get("bias.rate") for run in results["runs"]] == [None, 1e-2, 1e-3]
+    assert results["baseline"] == names[1]
+    folders = {path.name for path in (tmp_path / RUNS).iterdir() if path.is_dir()}
+    assert folders == {"unbalanced-seed0", "loss_free-bias.rate=1e-2-seed0", "loss_free-bias.rate=1e-3-seed0"}
 
 
 def test_one_comparison_at_a_time(comparison, tmp_path: Path) -> None:
@@ -96,9 +98,9 @@ def test_minutes_become_one_flop_budget_that_is_measured_once(comparison, tmp_pa
     config = dataclasses.replace(too_few, minutes=60.0)  # not another comparison yet
     data = read_text(config.data, config.optimizer, seed=0)
     with claim(tmp_path, config, set()):
-        budget = module._budget(tmp_path, config, data)
+        budget = module._budget(tmp_path, config, contenders(config), data)
         measured = (tmp_path / "calibration" / RESULT_FILE).stat().st_mtime_ns
-        assert module._budget(tmp_path, config, data) == budget
+        assert module._budget(tmp_path, config, contenders(config), data) == budget
     _, *warm = (record["tokens_per_second"] for record in read(tmp_path / "calibration"))
     assert len(warm) == 4
     per_second = statistics.median(warm) * STEP_FLOPS / 64

@@ -131,7 +131,7 @@ def test_by_hand():
     assert ledger.forward_flops(6, [7]) == expected
     assert expected.total == 2112 + 240 + 504 + 432 + 864 + 912
     assert ledger.step_flops(6, [7]) == expected * 3
-    assert ledger.step_flops(6, [12]) == ledger.per_token * 6
+    assert ledger.step_flops(6, [12]) == ledger.per_token() * 6
 
 
 def test_each_layer_needs_its_rows():

@@ -20,6 +20,7 @@ from equipoise.experts.swiglu import DenseSwiGLU, SwiGLU
 from equipoise.models.cache import Cache
 from equipoise.moe import MoE
 from equipoise.routing.router import Router
+from equipoise.sparsity import parse
 
 
 class Attention(nn.Module):
@@ -61,7 +62,7 @@ class Layer(nn.Module):
         self.attention = Attention(config.dim, config.num_heads, index)
         self.feed_forward_norm = nn.RMSNorm(config.dim)
         self.dense = DenseSwiGLU(config.dim, config.top_k * config.hidden_dim) if dense else None
-        self.moe = None if dense else _moe(config)
+        self.moe = None if dense else _moe(config, index - config.dense_layers)
 
     def forward(
         self,
@@ -168,13 +169,14 @@ def _visible(position_P: Int[Tensor, " P"], start: int, window: int | None) -> B
     return (distance_SP >= 0) & (distance_SP < window)
 
 
-def _moe(config: ModelConfig) -> MoE:
-    """The layer that a configuration asks for."""
+def _moe(config: ModelConfig, index: int) -> MoE:
+    """The MoE layer of this number that a configuration asks for."""
+    sparsity = parse(config.sparsity, config.top_k, config.num_layers - config.dense_layers, config.num_experts)
     return MoE(
         dim=config.dim,
         hidden_dim=config.hidden_dim,
         num_experts=config.num_experts,
-        top_k=config.top_k,
+        top_k=sparsity[index].by_step(),
         method=config.method,
         shared_experts=config.shared_experts,
         z_loss=config.z_loss,

@@ -19,7 +19,7 @@ def new_key() -> Int[Tensor, ""]:
 def uniform(key: Int[Tensor, ""], step: Int[Tensor, ""], shape: tuple[int, ...], salt: int = 0) -> Float[Tensor, "..."]:
     """Numbers in (0, 1), fp64, that differ by key, step, place and ``salt`` (a call's own counter of draws)."""
     place = torch.arange(math.prod(shape), dtype=torch.int64, device=key.device)
-    mixed = _mix(place + _mix(_mix(key + salt) + step))
+    mixed = _mix(place + _mix(_mix(_mix(key) + salt) + step))
     return (((mixed >> 11) & (2**53 - 1)).double() + 0.5).mul(2.0**-53).view(shape)
 
 

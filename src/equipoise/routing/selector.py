@@ -38,7 +38,7 @@ class Selector(nn.Module):
 
     def planned_rows(self, num_experts: int, k: int) -> float:
         """Rows per token that true experts are expected to compute, by which budgets are planned: K."""
-        return k
+        return float(k)
 
     def refuse(self, k: int) -> None:
         """Fails: UserError where these settings make no sense with K experts per token."""

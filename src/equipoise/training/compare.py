@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -19,11 +20,11 @@ import torch
 
 from equipoise.config import CompareConfig, RunConfig, TrainConfig, dump, to_dict
 from equipoise.errors import UserError
-from equipoise.methods import find
 from equipoise.models.decoder import Decoder
 from equipoise.report.page import plotly_script, write_page
 from equipoise.report.results import power
 from equipoise.report.table import markdown
+from equipoise.training.contenders import Contender, contenders
 from equipoise.training.environment import environment
 from equipoise.training.flops import Ledger
 from equipoise.training.metrics import read
@@ -50,7 +51,7 @@ VALIDATIONS = 5  # per run, for the curve
 # On a core that others need too, OpenMP threads that spin long for each other made a step three times slower.
 SHORT_SPINS = {"GOMP_SPINCOUNT": "2000"}
 RESERVE = 0.92  # of the minutes; the rest is for runs that are slower than the one that calibrated
-FREE = {"methods", "seeds", "baseline", "out"}  # finished runs stay, new ones join
+FREE = {"methods", "seeds", "sweep", "baseline", "out"}  # finished runs stay, new ones join
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -66,18 +67,20 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     config.check()
     device = choose_device(config)
     plotly_script()  # a report that cannot be written is better known before the training
-    _refuse_unbuildable(config)
+    rows = contenders(config)
+    _refuse_unbuildable(config, rows)
     text = read_text(config.data, config.optimizer, seed=0)
     folder = Path(config.out)
     with claim(folder, config, FREE) as resumes:
         if not resumes:
             (folder / BUDGET_FILE).unlink(missing_ok=True)
-        budget = _budget(folder, config, text)
-        steps = max(1, round(budget["flops"] / _step_flops(config, text)))
+        budget = _budget(folder, config, rows, text)
+        steps = {name: _steps(config, row, budget["flops"], text) for name, row in rows.items()}
         runs = [
-            _run(_train_config(config, method, budget, steps, seed), text)
+            _run(_train_config(config, row, budget, steps[name], seed), text)
+            | {"method": name, "notes": _notes(row, steps[name])}
             for seed in range(config.seeds)
-            for method in config.methods
+            for name, row in rows.items()
         ]
         results = _results(config, budget, runs, environment(device, config.threads))
         write_json(folder / RESULTS_FILE, results)
@@ -86,26 +89,14 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     return results
 
 
-def _refuse_unbuildable(config: CompareConfig) -> None:
+def _refuse_unbuildable(config: CompareConfig, rows: dict[str, Contender]) -> None:
     """Say what is wrong with any method and its settings before anything is read. Fails: UserError."""
     with torch.device("meta"):
-        for method in config.methods:
-            Decoder(_base(config, method, seed=0, out=config.out).model, vocab_size=256)
+        for row in rows.values():
+            Decoder(_base(config, row, row.items, seed=0, out=config.out).model, vocab_size=256)
 
 
-def _settings(config: CompareConfig) -> dict[str, tuple[str, ...]]:
-    """The user's settings for each method: those of parts that it has. Fails: UserError for one that none has."""
-    fitting: dict[str, tuple[str, ...]] = {}
-    for name in config.methods:
-        parts = find(name).parts
-        fitting[name] = tuple(item for item in config.model.set if item.partition(".")[0] in parts)
-    unused = sorted(set(config.model.set).difference(*fitting.values()))
-    if unused:
-        raise UserError(f"Setting {unused[0]!r} fits none of the methods {', '.join(config.methods)}.")
-    return fitting
-
-
-def _budget(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any]:
+def _budget(folder: Path, config: CompareConfig, rows: dict[str, Contender], text: Text) -> dict[str, Any]:
     """FLOPs per run: as given, or once measured so that the whole comparison takes the given minutes."""
     path = folder / BUDGET_FILE
     if path.exists():
@@ -113,18 +104,19 @@ def _budget(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any]:
     if config.flops is not None:
         budget = {"flops": config.flops, "minutes": None, "flops_per_second": None}
     else:
-        budget = _calibrate(folder / "calibration", config, text)
+        budget = _calibrate(folder / "calibration", config, rows, text)
     write_json(path, budget)
     return budget
 
 
-def _calibrate(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any]:
+def _calibrate(folder: Path, config: CompareConfig, rows: dict[str, Contender], text: Text) -> dict[str, Any]:
     """Measure one short run of the baseline: its speed, and what a run costs beside its steps."""
     assert config.minutes is not None
     wait_for(folder)
     shutil.rmtree(folder)  # a measurement that was cut short cannot be resumed
     start = time.perf_counter()
-    probe = _base(config, config.reference, seed=0, out=str(folder))
+    row = rows[config.baseline or next(iter(rows))]
+    probe = _base(config, row, row.items, seed=0, out=str(folder))
     every = CALIBRATION_STEPS // VALIDATIONS
     done = _run(replace(probe, steps=CALIBRATION_STEPS, flops=None, log_every=every, validate_every=every), text)
     wall = time.perf_counter() - start
@@ -132,7 +124,7 @@ def _calibrate(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any
     # The first interval warms up memory; of the others the median, since a passing disturbance is not the rule.
     _, *warm = (record["tokens_per_second"] for record in read(folder))
     per_second = done["flops"] / done["tokens"] * statistics.median(warm)
-    runs = len(config.methods) * config.seeds
+    runs = len(rows) * config.seeds
     flops = ((config.minutes * 60 * RESERVE - wall) / runs - beside) * per_second
     if flops < done["flops"]:
         least = math.ceil((runs * (beside + done["flops"] / per_second) + wall) / 6 / RESERVE) / 10
@@ -143,27 +135,20 @@ def _calibrate(folder: Path, config: CompareConfig, text: Text) -> dict[str, Any
     return {"flops": float(f"{flops:.3g}"), "minutes": config.minutes, "flops_per_second": per_second}
 
 
-def _base(config: CompareConfig, method: str, seed: int, out: str) -> TrainConfig:
-    """What all runs share, and a method with the settings that concern it."""
+def _base(config: CompareConfig, row: Contender, items: tuple[str, ...], seed: int, out: str) -> TrainConfig:
+    """What all runs share, and a method with its settings."""
     shared: dict[str, Any] = {item.name: getattr(config, item.name) for item in fields(RunConfig)}
-    items = _settings(config)[method]
-    chosen = find(method)
-    if not chosen.causal and not _sets(items, f"{chosen.selector}.evaluation"):
-        items += (f"{chosen.selector}.evaluation=top_k",)
-    model = replace(config.model, method=method, set=items)
+    model = replace(config.model, method=row.method.name, set=items)
     return TrainConfig(**(shared | {"model": model, "seed": seed, "out": out, "tensorboard": False}))
 
 
-def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], steps: int, seed: int) -> TrainConfig:
-    """The run of one method and seed, with what scales to its length."""
-    run = _base(config, method, seed, out=str(Path(config.out) / RUNS / f"{method}-seed{seed}"))
-    items = run.model.set
-    if "bias" in find(method).parts and not _sets(items, "bias.rate"):
-        items += (f"bias.rate={bias_rate(steps):.2g}",)
+def _train_config(config: CompareConfig, row: Contender, budget: dict[str, Any], steps: int, seed: int) -> TrainConfig:
+    """The run of one contender and seed, with what scales to its length."""
+    folder = re.sub(r"[^\w.=+-]", "-", f"{row.name}-seed{seed}")
+    run = _base(config, row, row.scaled(steps), seed, out=str(Path(config.out) / RUNS / folder))
     every = max(1, steps // 100)
     return replace(
         run,
-        model=replace(run.model, set=items),
         flops=budget["flops"],
         log_every=every,
         validate_every=max(1, steps // VALIDATIONS),
@@ -171,12 +156,13 @@ def _train_config(config: CompareConfig, method: str, budget: dict[str, Any], st
     )
 
 
-def _step_flops(config: CompareConfig, text: Text) -> int:
-    """What one step costs, whatever the method."""
+def _steps(config: CompareConfig, row: Contender, flops: float, text: Text) -> int:
+    """The steps that these FLOPs are planned to buy."""
     with torch.device("meta"):
-        model = Decoder(replace(config.model, method="unbalanced", set=()), text.tokenizer.vocab_size)
+        run = _base(config, row, row.items, seed=0, out=config.out)
+        model = Decoder(run.model, text.tokenizer.vocab_size)
     seq_len = config.data.seq_len
-    return Ledger.of(model, seq_len).per_token.total * config.optimizer.batch_size * seq_len
+    return max(1, Ledger.of(model, seq_len).steps(flops, config.optimizer.batch_size * seq_len))
 
 
 def _run(config: TrainConfig, text: Text) -> dict[str, Any]:
@@ -222,23 +208,17 @@ def _results(
         "settings": to_dict(config),
         "budget": budget,
         "data": {"source": config.data.source, **text},
-        "baseline": config.reference,
-        "runs": [
-            {key: value for key, value in run.items() if key != "text"} | {"notes": _notes(config, run)} for run in runs
-        ],
+        "baseline": config.baseline or runs[0]["method"],
+        "runs": [{key: value for key, value in run.items() if key != "text"} for run in runs],
     }
     return results | {"power": power(results)}
 
 
-def _notes(config: CompareConfig, run: dict[str, Any]) -> list[str]:
-    """What a reader must know to read a method's row rightly."""
+def _notes(row: Contender, steps: int) -> list[str]:
+    """What a reader must know to read a contender's row rightly."""
     notes = []
-    if "bias.rate" in run["settings"] and not _sets(config.model.set, "bias.rate"):
-        notes.append(f"bias.rate is {run['settings']['bias.rate']:g}, scaled to the {run['steps']} steps of the run.")
-    if not run["causal"]:
+    if row.scales_bias:
+        notes.append(f"bias.rate is {bias_rate(steps):.2g}, scaled to the {steps} steps of the run.")
+    if not row.method.causal:
         notes.append("Validated with every token choosing its top K, since experts cannot choose left to right.")
     return notes
-
-
-def _sets(items: tuple[str, ...], name: str) -> bool:
-    return any(item.startswith(f"{name}=") for item in items)

@@ -49,12 +49,12 @@ class Ledger:
     Attributes:
         token: of one token, ``routed`` excepted, which is 0.
         row: of one row of each MoE layer's experts.
-        top_k: K of each MoE layer.
+        plan: rows per token that each MoE layer is expected to compute, by the step they hold from.
     """
 
     token: Flops
     row: tuple[int, ...]
-    top_k: tuple[int, ...]
+    plan: dict[int, tuple[float, ...]]
 
     @classmethod
     def of(cls, model: Decoder, seq_len: int) -> "Ledger":
@@ -71,7 +71,12 @@ class Ledger:
             head=_product(model.embedding),
         )
         row = tuple(_product(moe.experts) // len(moe.router.weight) for moe in moes)
-        return cls(token, row, tuple(moe.top_k for moe in moes))
+        starts = sorted({0, *(start for moe in moes for start in moe.sparsity.start)})
+        plan = {
+            start: tuple(moe.selector.planned_rows(moe.num_experts, moe.sparsity.at(start)) for moe in moes)
+            for start in starts
+        }
+        return cls(token, row, plan)
 
     def forward_flops(self, num_tokens: int, rows_per_layer: Sequence[int]) -> Flops:
         """FLOPs of one forward pass.
@@ -90,15 +95,33 @@ class Ledger:
         """FLOPs of one training step, forward and backward; arguments as for ``forward_flops``."""
         return self.forward_flops(num_tokens, rows_per_layer) * 3
 
-    @property
-    def per_token(self) -> Flops:
-        """FLOPs of training on one token whose K rows are all computed, for planning before any row is routed."""
-        return self.step_flops(1, self.top_k)
+    def per_token(self, step: int = 0) -> Flops:
+        """FLOPs of training on one token at this step, for planning before any row is routed."""
+        rows = next(self.plan[start] for start in sorted(self.plan, reverse=True) if step >= start)
+        routed = round(sum(count * row for count, row in zip(rows, self.row)))
+        return replace(self.token, routed=routed) * 3
+
+    def steps(self, flops: float, tokens: int, done: int = 0) -> int:
+        """How many steps the plan allows in all.
+
+        Args:
+            flops: that are left.
+            tokens: of one step.
+            done: steps that are behind us.
+        Returns:
+            ``done`` and the steps that spend ``flops``, to the nearest whole one.
+        """
+        for end in [start for start in sorted(self.plan) if start > done]:
+            cost = self.per_token(done).total * tokens * (end - done)
+            if flops <= cost:
+                break
+            flops, done = flops - cost, end
+        return done + round(flops / (self.per_token(done).total * tokens))
 
 
 def _product(module: nn.Module) -> int:
-    """FLOPs of multiplying one row with all weights of a module."""
-    return 2 * sum(weight.numel() for weight in module.parameters())
+    """FLOPs of multiplying one row with all matrices of a module, learned by gradient or by counts."""
+    return 2 * sum(weight.numel() for weight in [*module.parameters(), *module.buffers()] if weight.dim() > 1)
 
 
 @register_flop_formula(torch.ops.equipoise.swiglu, get_raw=True)

@@ -37,7 +37,6 @@ class Trainer:
         flops: spent so far over all ranks, by the ledger, with the rows that experts really computed.
         tokens: trained on so far.
         seconds: spent in steps so far.
-        step_flops: what a step is expected to cost.
     """
 
     def __init__(self, config: TrainConfig, ranks: World, text: Text):
@@ -50,7 +49,6 @@ class Trainer:
         self.handle = attach(self.model, self.optimizer) if self.layers else None
         self.ledger = Ledger.of(self.model, config.data.seq_len)
         self.step_tokens = config.optimizer.batch_size * config.data.seq_len
-        self.step_flops = self.ledger.per_token.total * self.step_tokens
         self.done, self.flops, self.tokens, self.seconds = 0, 0, 0, 0.0
         self._refuse_unevaluable()
 
@@ -60,7 +58,7 @@ class Trainer:
         if self.config.steps is not None:
             return self.config.steps
         assert self.config.flops is not None
-        return max(1, self.done + round((self.config.flops - self.flops) / self.step_flops))
+        return max(1, self.ledger.steps(self.config.flops - self.flops, self.step_tokens, self.done))
 
     @property
     def finished(self) -> bool:
@@ -109,7 +107,11 @@ class Trainer:
                 micro_loss = loss(self.parallel(token_BS[:, :-1]), token_BS[:, 1:])
             scaled = (micro_loss if self.handle is None else self.handle.follow(micro_loss)) / micros
             scaled.backward()
-        rows = [int(layer.routing.load_E.sum()) for layer in self.layers.values() if layer.routing is not None]
+        rows = [
+            int(layer.routing.load_E[: layer.num_experts].sum())
+            for layer in self.layers.values()
+            if layer.routing is not None
+        ]
         self.flops += self._sum_over_ranks(self.ledger.step_flops(token_BS[:, 1:].numel(), rows).total)
         return scaled.detach()
 
