@@ -1,4 +1,4 @@
-"""Run benchmarks and write their results: ``python benchmarks/run.py step|bookkeeping|all [--rounds 31]``.
+"""Run benchmarks and write their results: ``python benchmarks/run.py step|bookkeeping|routing|all [--rounds 31]``.
 
 Every result is a JSON file in ``benchmarks/results/`` with commit, machine, versions, raw samples and spread. Figures
 are ratios of candidates that took turns in one process.
@@ -8,12 +8,13 @@ import argparse
 import json
 from pathlib import Path
 
+import routing_cost
 import step
 import torch
 
 from equipoise.training.environment import environment
 
-BENCHMARKS = {"step": step.against_transformers, "bookkeeping": step.bookkeeping}
+BENCHMARKS = {"step": step.against_transformers, "bookkeeping": step.bookkeeping, "routing": routing_cost.routing}
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from equipoise.config import TrainConfig, load
+from equipoise.errors import Interrupted
 from equipoise.training import checkpoint
 from equipoise.training.loop import train
-from equipoise.training.run import CHECKPOINTS, Interrupted
+from equipoise.training.run import CHECKPOINTS
 from equipoise.training.trainer import Trainer
 
 RANK = int(os.environ["RANK"])

@@ -19,12 +19,12 @@ import pytest
 
 from equipoise import cli
 from equipoise.config import CompareConfig, TrainConfig, load, save, to_dict
-from equipoise.errors import UserError
+from equipoise.errors import Interrupted, UserError
 from equipoise.training import checkpoint
 from equipoise.training.compare import REPORT_FILE, RESULTS_FILE, compare
 from equipoise.training.loop import train
 from equipoise.training.metrics import read
-from equipoise.training.run import CHECKPOINTS, CONFIG_FILE, RESULT_FILE, Interrupted, differences
+from equipoise.training.run import CHECKPOINTS, CONFIG_FILE, RESULT_FILE, differences
 from tiny_runs import STEP_FLOPS, outcome
 
 FLOPS = 80.4 * STEP_FLOPS

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise.errors import UserError
+from equipoise.errors import Interrupted, UserError
 from equipoise.models.decoder import Decoder, loss
 from equipoise.training import checkpoint, loop
 from equipoise.training.loop import WEIGHTS_FILE, Run, train
 from equipoise.training.metrics import read
-from equipoise.training.run import CHECKPOINTS, CONFIG_FILE, RESULT_FILE, Interrupted
+from equipoise.training.run import CHECKPOINTS, CONFIG_FILE, RESULT_FILE
 from equipoise.training.sampling import load_run
 from equipoise.training.text import read_text
 from equipoise.training.trainer import Trainer

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from equipoise.config import CompareConfig, ModelConfig, TrainConfig, dump, load
-from equipoise.errors import UserError
+from equipoise.errors import Interrupted, UserError
 from equipoise.training import run
 from equipoise.training.run import (
     CONFIG_FILE,
     FREE,
-    Interrupted,
     World,
     agreed_stop,
     choose_device,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from equipoise.config import CompareConfig, RunConfig, TrainConfig, dump, to_dict
-from equipoise.errors import UserError
+from equipoise.errors import Interrupted, UserError
 from equipoise.models.decoder import Decoder
 from equipoise.report.page import plotly_script, write_page
 from equipoise.report.results import power
@@ -31,7 +31,6 @@ from equipoise.training.metrics import read
 from equipoise.training.run import (
     RESULT_FILE,
     RUNS,
-    Interrupted,
     choose_device,
     claim,
     signals,

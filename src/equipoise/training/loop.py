@@ -14,6 +14,7 @@ import torch
 
 from equipoise.balancing.load_stats import load_stats
 from equipoise.config import TrainConfig
+from equipoise.errors import Interrupted
 from equipoise.methods import find
 from equipoise.models.decoder import Decoder
 from equipoise.training import checkpoint
@@ -23,7 +24,6 @@ from equipoise.training.run import (
     CHECKPOINTS,
     FREE,
     RESULT_FILE,
-    Interrupted,
     agreed_stop,
     claim,
     fingerprint,

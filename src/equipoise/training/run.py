@@ -21,7 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from equipoise.config import RunConfig, TrainConfig, dump, load, to_dict
-from equipoise.errors import UserError
+from equipoise.errors import Interrupted, UserError
 
 CONFIG_FILE = "config.toml"
 RESULT_FILE = "result.json"
@@ -44,14 +44,6 @@ FREE = {
     "threads",
     "device",
 }
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved. ``signal`` is the number."""
-
-    def __init__(self, number: int, folder: Path):
-        super().__init__(f"Stopped by {signal.Signals(number).name}; the same command resumes from {folder}.")
-        self.signal = number
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,31 @@
+"""``equipoise compare``."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from equipoise.commands import print_json
+from equipoise.config import CompareConfig
+
+Config = CompareConfig
+SUMMARY = "Train balancing methods side by side at equal FLOPs on a text, and report."
+EXAMPLE = "equipoise compare --methods switch loss_free --minutes 4 --data my_texts/"
+
+
+def run(config: CompareConfig, as_json: bool) -> None:
+    """Compare and print the table."""
+    from equipoise.report.table import table
+    from equipoise.training.compare import REPORT_FILE, compare
+
+    results = compare(config)
+    if as_json:
+        print_json(results)
+        return
+    Console().print(table(results))
+    flops, rule = results["budget"]["flops"], config.optimizer
+    counts = sorted({run["steps"] for run in results["runs"]})
+    steps = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    print(
+        f"Each run: {flops:.3g} FLOPs, {steps} steps; the learning rate rises to {rule.learning_rate:g} in the first "
+        f"{rule.warmup:.0%} and falls to {rule.min_learning_rate:g}.\nReport: {Path(config.out) / REPORT_FILE}"
+    )
