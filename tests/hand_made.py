@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from equipoise.balancing.attach import attach
-from equipoise.contracts import Call, Scores
+from equipoise.contracts import Call, Routing, Scores
 from equipoise.routing.router import Router
 
 
@@ -21,6 +21,12 @@ def call_of(logit_TE, k, mask_T=None, training=True, requires_grad=False):
 def scores_of(score_TE):
     """Scores whose every field is the same table."""
     return Scores(score_TE, score_TE, score_TE, score_TE)
+
+
+def routing_of(demand_E):
+    """A routing of which only the demand is known."""
+    none, demand_E = torch.zeros(0, dtype=torch.int64), torch.as_tensor(demand_E, dtype=torch.int64)
+    return Routing(none, none, torch.zeros(0), demand_E, torch.zeros_like(demand_E))
 
 
 def dense(routing, num_tokens):

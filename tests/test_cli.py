@@ -100,7 +100,7 @@ def test_methods_lists_them_all(capsys) -> None:
     assert cli.main(["methods", "loss_free", "--json"]) == 0
     (method,) = json.loads(capsys.readouterr().out)
     assert method == next(each for each in listed if each["name"] == "loss_free")
-    assert (method["balancers"], method["state"], method["causal"]) == ({"bias": {"rate": 1e-3}}, ["bias"], True)
+    assert (method["balancers"], method["state"], method["causal"]) == ({"bias": {"rate": 1e-3}}, ["bias"], "yes")
 
 
 def test_generate_continues_a_text(finished: Path, capfd) -> None:

@@ -79,4 +79,4 @@ def test_a_nonfinite_error_is_the_users_and_names_its_layer():
 
 def test_stateful_parts_are_those_that_count_and_update():
     stateful = {name for name, balancer in BALANCERS.items() if isinstance(balancer(3), Stateful)}
-    assert stateful == {"bias", "quantile"}
+    assert stateful == {"bias", "bip", "pool_loss", "quantile", "relu_loss"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from equipoise import METHODS, MoE
+from equipoise import METHODS, MoE, SoftMoE
 from equipoise.balancing import BALANCERS
 from equipoise.building import build
 from equipoise.routing import SCORERS, SELECTORS
@@ -72,7 +72,7 @@ def test_every_relative_link_leads_to_a_file(name):
 
 def test_every_method_has_its_page_and_every_page_its_method():
     pages = {path.stem for path in METHOD_PAGES.glob("*.md")}
-    assert pages == METHODS.keys() | {"README", "z_loss"}
+    assert pages == METHODS.keys() | {"README", "z_loss", "soft_moe"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -83,6 +83,12 @@ def test_a_page_lists_the_settings_of_its_method_and_their_defaults(name):
 def test_the_page_of_the_z_loss_lists_its_argument_and_its_default():
     default = inspect.signature(MoE).parameters["z_loss"].default
     assert settings_in(METHOD_PAGES / "z_loss.md") == {"z_loss": default}
+
+
+def test_the_page_of_soft_moe_lists_its_arguments_and_their_defaults():
+    arguments = inspect.signature(SoftMoE).parameters.values()
+    defaults = {each.name: each.default for each in arguments if each.default is not inspect.Parameter.empty}
+    assert settings_in(METHOD_PAGES / "soft_moe.md") == defaults
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -99,10 +105,20 @@ def test_a_page_names_its_source_and_what_is_inferred(name):
     assert "INFERRED" in text or not METHODS[name].inferred
 
 
-def test_the_overview_tells_state_and_causality_as_the_code_has_them():
-    rows = {re.match(r"\[`(\w+)`\]", row[0])[1]: row for row in table(METHOD_PAGES / "README.md")}
-    assert rows.keys() == METHODS.keys()
+def overview():
+    """The rows of the table that helps to choose, as the code has them."""
     for name, method in METHODS.items():
-        assert rows[name][0] == f"[`{name}`]({name}.md)"
-        assert (rows[name][2] == "none") == (not method.state)
-        assert rows[name][4] == ("yes" if method.causal else "no")
+        causal = "no" if not method.causal else "in evaluation" if method.looks_ahead else "yes"
+        state = ", ".join(f"`{part}`" for part in method.state) or "none"
+        cells = [f"[`{name}`]({name}.md)", method.moves, state, method.traffic, causal, method.use, method.avoid]
+        yield f"| {' | '.join(cells)} |"
+
+
+def test_the_overview_says_what_the_code_says():
+    expected = "\n".join(overview())
+    assert expected in (METHOD_PAGES / "README.md").read_text(encoding="utf-8"), f"write:\n{expected}"
+
+
+def test_the_readme_names_every_method():
+    expected = "\n".join(f"| `{name}` | {method.summary} | {method.source} |" for name, method in METHODS.items())
+    assert expected in (ROOT / "README.md").read_text(encoding="utf-8"), f"write:\n{expected}"

@@ -51,10 +51,27 @@ def test_every_part_is_of_some_use_and_documents_its_source():
         ("loss_free", True, ("bias",)),
         ("quantile", True, ("quantile",)),
         ("expert_choice", False, ()),
+        ("kmeans", True, ("centroid", "bias")),
+        ("unipool", True, ("pool_loss",)),
+        ("relu", True, ("relu_loss",)),
+        ("bip", True, ("bip",)),
+        ("sparse_transport", False, ()),
     ],
 )
 def test_causality_and_state(name, causal, state):
     assert (METHODS[name].causal, METHODS[name].state) == (causal, state)
+
+
+def test_methods_that_look_ahead_in_training_say_so():
+    ahead = {name for name, method in METHODS.items() if method.looks_ahead}
+    assert ahead == {
+        "expert_choice",
+        "token_rounding",
+        "selective_sinkhorn",
+        "sinkhorn",
+        "sparse_transport",
+        "base",
+    }
 
 
 def test_the_default_method_is_global_batch():
@@ -100,7 +117,8 @@ def test_a_methods_settings_are_its_own_until_the_user_gives_others():
     method = Method("first", **ABOUT, settings={"top_k.drop": "position", "top_k.capacity_factor": 2.0})
     _, selector, _, resolved = build(method, 5, {"capacity_factor": 1.0})
     assert (selector.drop, selector.capacity_factor) == ("position", 1.0)
-    assert resolved == {"top_k.renormalize": None, "top_k.drop": "position", "top_k.capacity_factor": 1.0}
+    own = {"top_k.drop": "position", "top_k.capacity_factor": 1.0}
+    assert resolved == build(method, 5, {})[3] | own
 
 
 def test_building_twice_shares_nothing():

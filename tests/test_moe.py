@@ -288,7 +288,7 @@ def test_the_state_holds_parameters_bias_and_steps_and_nothing_else():
     shared = {"shared.gate_up.weight", "shared.down.weight"}
     assert set(MoE(**SIZES, z_loss=1e-3).state_dict()) == keys
     assert set(MoE(**SIZES, method="loss_free", shared_experts=1).state_dict()) == (
-        keys | shared | {"balancers.bias.bias_E"}
+        keys | shared | {f"balancers.bias.{name}" for name in ("bias_E", "last_step_E", "overshoots")}
     )
     assert set(MoE(**SIZES, method="quantile").state_dict()) == keys | {"balancers.quantile.bias_E"}
 

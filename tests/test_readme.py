@@ -14,7 +14,7 @@ from equipoise.config import CompareConfig, load
 ROOT = Path(__file__).parent.parent
 MODEL = "--dim 16 --num-heads 2 --num-layers 1 --hidden-dim 16 --num-experts 4 --seq-len 16 --batch-size 4"
 SMALL = {
-    "compare": f"{MODEL} --validation-tokens 256 --flops 2e7 --seeds 1 --methods switch --threads 1",
+    "compare": f"{MODEL} --validation-tokens 256 --flops 2e7 --seeds 1 --threads 1",
     "train": f"{MODEL} --validation-tokens 256 --steps 3 --threads 1",
     "generate": "--tokens 5",
     "methods": "",
@@ -62,7 +62,7 @@ def test_equipoise_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> No
         done = run(shrink(words, SMALL[verb]), tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         seen.append(verb)
-    assert seen == ["compare", "train", "train", "generate", "methods"]
+    assert seen == ["compare", "train", "train", "generate", "compare", "methods"]
     assert (tmp_path / "runs/mine/report.html").stat().st_size > 1_000_000
 
 

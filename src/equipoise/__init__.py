@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from equipoise.balancing.load_stats import LoadStats, load_stats
     from equipoise.building import Method
     from equipoise.contracts import Call, NonFiniteError, Routing, Scores
+    from equipoise.experts.pool import share_experts
     from equipoise.methods import METHODS
     from equipoise.moe import MoE
+    from equipoise.routing.denoising import denoising
     from equipoise.routing.override import forced_balance, override, replay
+    from equipoise.soft_moe import SoftMoE
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -23,10 +26,14 @@ _HOMES = {
     "equipoise.balancing.load_stats": ("LoadStats", "load_stats"),
     "equipoise.contracts": ("Call", "NonFiniteError", "Routing", "Scores"),
     "equipoise.building": ("Method",),
+    "equipoise.experts.pool": ("share_experts",),
     "equipoise.methods": ("METHODS",),
     "equipoise.moe": ("MoE",),
+    "equipoise.routing.denoising": ("denoising",),
     "equipoise.routing.override": ("forced_balance", "override", "replay"),
+    "equipoise.soft_moe": ("SoftMoE",),
 }
+_PACKAGES = {"parallel"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
@@ -38,16 +45,21 @@ __all__ = [
     "NonFiniteError",
     "Routing",
     "Scores",
+    "SoftMoE",
     "UserError",
     "attach",
+    "denoising",
     "forced_balance",
     "load_stats",
     "override",
     "replay",
+    "share_experts",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"equipoise.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'equipoise' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -57,6 +57,11 @@ class Method:
         return SELECTORS[self.selector].causal
 
     @property
+    def looks_ahead(self) -> bool:
+        """True where training gives a token experts that depend on other tokens of the call."""
+        return SELECTORS[self.selector].looks_ahead
+
+    @property
     def parts(self) -> dict[str, type]:
         """The classes of its scorer, selector and balancers, by name."""
         parts: dict[str, type] = {self.scorer: SCORERS[self.scorer], self.selector: SELECTORS[self.selector]}

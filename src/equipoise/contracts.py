@@ -42,6 +42,8 @@ class Call:
         router: what turns tokens into logits.
         experts: the layer's routed experts.
         training: the layer is in training mode; evaluation routes every token by itself.
+        num_sequences: B.
+        ratio_B: the share of masked tokens of each sequence, inside ``equipoise.denoising``; else None.
     """
 
     x_TD: Float[Tensor, "T D"]
@@ -53,6 +55,8 @@ class Call:
     router: nn.Module
     experts: nn.Module
     training: bool
+    num_sequences: int = 1
+    ratio_B: Float[Tensor, " B"] | None = None
 
     def tokens(self) -> Int[Tensor, ""]:
         """The number of real tokens."""

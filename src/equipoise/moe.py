@@ -12,6 +12,7 @@ from equipoise.balancing.tap import tap
 from equipoise.balancing.z_loss import ZLoss
 from equipoise.building import build
 from equipoise.errors import require
+from equipoise.experts.nulls import identity
 from equipoise.experts.swiglu import DenseSwiGLU, SwiGLU
 from equipoise.methods import find
 
@@ -89,6 +90,8 @@ class MoE(BalancedLayer):
             routing = tap(self.window, routing, losses, statistics)
         tokens = call.x_TD.view(x.shape)
         y = self.experts(tokens, routing)
+        if self.selector.identity:
+            y = y + identity(tokens, routing, self.num_experts)
         if self.shared is not None:
             y = y + self.shared(tokens)
         self.routing = routing.detach()

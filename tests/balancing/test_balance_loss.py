@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ from torch import nn
 
 from equipoise import MoE, UserError, load_stats
 from equipoise.balancing.balance_loss import BalanceLoss
+from equipoise.balancing.bias import Bias
 from equipoise.contracts import Routing, Scores
-from equipoise.routing import Sigmoid, Softmax, SqrtSoftplus
+from equipoise.routing import Sigmoid, Softmax, SqrtSoftplus, TopK
 from hand_made import attach_still, call_of
 
 SIZES = {"dim": 7, "hidden_dim": 5, "num_experts": 5, "top_k": 2, "kernel": "loop"}
@@ -20,6 +22,25 @@ def value_of(scope, prob_TE, demand_E, mask_T=None):
     routing = Routing(none, none, torch.zeros(0), demand_E, torch.zeros_like(demand_E))
     carrier = balancer.loss(call_of(prob_TE, 1, mask_T), Scores(prob_TE, prob_TE, prob_TE, prob_TE), routing)
     return (balancer.slope(carrier, demand_E) * carrier).sum().item()
+
+
+def loss_by_loop(prob_TE, chosen, sequence_T, real_T):
+    """The sequence loss from its definition; ``chosen`` are the (token, expert) pairs that f counts."""
+    num_experts, values = prob_TE.shape[1], []
+    for sequence in sorted(set(sequence_T.tolist())):
+        mine = [t for t in range(len(prob_TE)) if sequence_T[t] == sequence and real_T[t]]
+        counted = [expert for token, expert in chosen if token in mine]
+        if mine:
+            f = [counted.count(e) / len(counted) for e in range(num_experts)]
+            p = [math.fsum(prob_TE[t, e].item() for t in mine) / len(mine) for e in range(num_experts)]
+            values.append(num_experts * math.fsum(a * b for a, b in zip(f, p)))
+    return math.fsum(values) / max(1, len(values))
+
+
+def in_sequences(call, lengths):
+    """The call, its tokens lying in sequences of these lengths."""
+    sequence_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    return replace(call, sequence_T=sequence_T, num_sequences=len(lengths))
 
 
 def router_gradient(layer, batches, factors=None):
@@ -41,6 +62,61 @@ def test_collapse_reads_experts_over_k(scope, num_experts, k):
     prob_TE = torch.zeros(3, num_experts)
     prob_TE[:, :k] = 1 / k
     assert value_of(scope, prob_TE, [3] * k + [0] * (num_experts - k)) == pytest.approx(num_experts / k)
+
+
+@pytest.mark.parametrize("frequency", ["actual", "unbiased"])
+@pytest.mark.parametrize("lengths", [[23], [5, 5, 5], [1, 7, 3, 1], []])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scorer", [Softmax, Sigmoid])
+def test_the_sequence_loss_is_that_of_a_loop_over_sequences(scorer, masked, lengths, frequency):
+    """A bias decides what is routed; sequences may be padding as a whole."""
+    logit_TE = torch.randn(sum(lengths), 7, dtype=torch.float64)
+    call = in_sequences(call_of(logit_TE, 2), lengths)
+    real_T = (torch.rand(sum(lengths)) < 0.6) & (call.sequence_T != 1) | (not masked)
+    call = replace(call, mask_T=real_T) if masked else call
+    bias, scores = Bias(7), scorer(7)(call)
+    bias.bias_E.copy_(torch.randn(7))
+    biased = bias.adjust(call, scores)
+    balancer = BalanceLoss(7, scope="sequence", frequency=frequency)
+    found = balancer.loss(call, biased, TopK(7)(call, biased))
+    choice_TE = scores.gate_TE if frequency == "unbiased" else biased.choice_TE
+    chosen = [(t, e) for t, row in enumerate(choice_TE) for e in row.topk(2).indices.tolist()]
+    assert found.item() == pytest.approx(loss_by_loop(scores.prob_TE, chosen, call.sequence_T, real_T), rel=1e-12)
+
+
+def test_balanced_sequences_read_one_and_opposite_ones_are_not_balanced_together():
+    eye = torch.eye(2).double()
+    for table_TE, expected in ((eye.repeat(2, 1), 1), (eye.repeat_interleave(2, 0), 2)):
+        call = in_sequences(call_of(table_TE, 1), [2, 2])
+        scores = Scores(table_TE, table_TE, table_TE, table_TE)
+        for frequency in ("actual", "unbiased"):
+            loss = BalanceLoss(2, scope="sequence", frequency=frequency).loss(call, scores, TopK(2)(call, scores))
+            assert loss.item() == pytest.approx(expected)
+
+
+def test_the_layer_passes_its_sequences():
+    """Two sequences that collapse onto opposite experts: bad as a batch of two, balanced as one sequence of both."""
+    layer = MoE(dim=2, hidden_dim=3, num_experts=2, top_k=1, method="sequence")
+    layer.router.weight.data.copy_(torch.eye(2) * 50)
+    _, optimizer = attach_still(layer)
+    x = torch.eye(2).repeat_interleave(5, 0)
+    for shape, expected in (((2, 5, 2), 2), ((1, 10, 2), 1), ((10, 2), 1)):
+        layer(x.view(shape)).sum().backward()
+        optimizer.step()
+        assert load_stats(layer)[""].loss["balance_loss"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("frequency", ["actual", "unbiased"])
+def test_the_sequence_losss_gradient_passes_gradcheck(frequency):
+    call = call_of(torch.randn(13, 5, dtype=torch.float64), 2, torch.arange(13) % 5 > 0)
+    call = in_sequences(call, [4, 9])
+    balancer = BalanceLoss(5, scope="sequence", frequency=frequency)
+
+    def loss(logit_TE):
+        scores = Sigmoid(5)(replace(call, x_TD=logit_TE))
+        return balancer.loss(call, scores, TopK(5)(call, scores))
+
+    assert torch.autograd.gradcheck(loss, call.x_TD.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("scope", ["micro", "global"])
@@ -175,6 +251,15 @@ def test_padding_counts_nowhere(scope):
         torch.testing.assert_close(padded, dropped, rtol=1e-12, atol=1e-15)
 
 
-def test_an_unknown_scope_is_refused():
-    with pytest.raises(UserError, match="micro, global"):
-        BalanceLoss(5, scope="batch")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scope": "batch"}, "micro, global, sequence"),
+        ({"scope": "sequence", "frequency": "biased"}, "actual, unbiased"),
+        ({"scope": "global", "frequency": "unbiased"}, "is for scope='sequence'"),
+        ({"weight": -1.0}, "at least 0"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        BalanceLoss(5, **settings)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from equipoise import MoE
 from equipoise.balancing.quantile import Quantile
+from equipoise.errors import UserError
 from equipoise.routing.top_k import TopK
 from hand_made import attach_still, call_of, scores_of
 
@@ -64,6 +65,29 @@ def test_the_golden_example(bins, width):
     expected = torch.tensor([-0.2575, -0.0275, 0.0425, 0.2425])
     # Each quantile is off by a width at most, and so is the mean that is taken off.
     torch.testing.assert_close(bias_E, expected, rtol=0, atol=2 * width)
+
+
+@pytest.mark.parametrize(("cutoff", "loads"), [("lower", [0, 2, 3, 3]), ("mid", [2, 2, 2, 2])])
+def test_iterated_on_the_same_scores_the_lower_cutoff_stalls(cutoff, loads):
+    balancer = Quantile(4, bins=10_000, cutoff=cutoff)
+    for _ in range(30):
+        learn(balancer, GOLDEN_TE, 1)
+    assert sorted(load_of(GOLDEN_TE, balancer.bias_E, 1).tolist()) == loads
+
+
+def test_the_middle_cutoff_lies_between_the_kth_and_the_next_score():
+    score_TE = torch.rand(101, 11)
+    balancer = Quantile(11, bins=100_000, cutoff="mid")
+    best_TE = score_TE.sort(1, descending=True).values
+    cutoff_T1 = best_TE[:, 2:4].mean(1, keepdim=True)
+    required_TE = (cutoff_T1 - score_TE).sort(0).values
+    expected_E = required_TE[101 * 3 // 11] - required_TE[101 * 3 // 11].mean()
+    torch.testing.assert_close(learn(balancer, score_TE, 3), expected_E, rtol=0, atol=1e-4)
+
+
+def test_an_unknown_cutoff_is_refused():
+    with pytest.raises(UserError, match="lower, mid"):
+        Quantile(5, cutoff="upper")
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -34,7 +34,7 @@ def test_padding_does_not_count():
     assert value_of(logit_TE, torch.zeros(11, dtype=torch.bool)) == 0
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.causal])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.causal and row.scorer != "centroid"])
 def test_it_composes_with_every_method_and_its_gradient_is_exact(method):
     def gradient(z_loss):
         torch.manual_seed(1)

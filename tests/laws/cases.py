@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from equipoise import METHODS, Handle, MoE, attach
+from equipoise.balancing.balancer import Balancer
+from equipoise.building import defaults
 
 D, F, E, K = 7, 3, 5, 2
 SETTINGS: dict[str, dict[str, Any]] = {"expert_choice": {"evaluation": "top_k"}}  # without it, it refuses evaluation
@@ -28,6 +31,7 @@ PER_CALL = {
     "switch": "its loss counts the loads of one micro-batch on one rank, by definition",
     "expert_choice": "its experts choose among the tokens of one call, by definition",
 }
+FORMULAS: dict[str, Callable[..., Tensor]] = {}  # a balancer's loss once more, from a layer and its logits
 EXEMPTIONS = {  # (method, "test_file.test_name"): reason
     ("expert_choice", "test_counting.test_accumulation_counts_and_learns_as_one_batch"): PER_CALL["expert_choice"],
     ("expert_choice", "test_foreign_loops.test_uneven_token_sums_equal_one_batch"): PER_CALL["expert_choice"],
@@ -40,6 +44,8 @@ for path in sorted(Path(__file__).parent.glob("methods_*.py")):  # what groups o
     about = importlib.import_module(f"laws.{path.stem}")
     SETTINGS |= about.SETTINGS
     EXEMPTIONS |= about.EXEMPTIONS
+    PER_CALL |= vars(about).get("PER_CALL", {})
+    FORMULAS |= vars(about).get("FORMULAS", {})
 
 Make = Callable[..., MoE]
 
@@ -49,15 +55,32 @@ def build(method: str, seed: int = 0, dtype: torch.dtype = torch.float64, **chan
     torch.manual_seed(seed)
     sizes = {"dim": D, "hidden_dim": F, "num_experts": E, "top_k": K, "z_loss": 0.1}
     layer = MoE(method=method, **{**sizes, **SETTINGS.get(method, {}), **changes}).to(dtype)
-    for balancer in layer.balancers.values():
-        for buffer in balancer.buffers():
+    for buffer in layer.balancers.buffers():
+        if buffer.dim():  # one number chooses no expert
             buffer.copy_(0.1 * torch.randn(buffer.shape))
     return layer
 
 
 def no_own_loss(method: str) -> dict[str, Any]:
-    """The settings that take a method's own loss away, and leave the z-loss, which is a mean over tokens."""
-    return {"balance_loss.weight": 0.0} if "balance_loss" in METHODS[method].balancers else {}
+    """The settings that take a method's own losses away, and leave the z-loss, which is a mean over tokens."""
+    return {name: 0.0 for name in defaults(METHODS[method]) if name.endswith((".weight", ".start"))}
+
+
+def moves_choice(balancer: Balancer) -> bool:
+    """Whether the balancer takes part in the choice; the others have a loss only."""
+    return type(balancer).adjust is not Balancer.adjust
+
+
+def router_gradient(layer: MoE) -> Tensor:
+    """The gradient of the router's weight, of all ranks; zeros where it learns by counts, and is no parameter."""
+    weight = layer.router.weight
+    gradient = weight.grad if weight.requires_grad else torch.zeros_like(weight)
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
+def quiet(method: str) -> dict[str, Any]:
+    """The settings that take a method's noise away, where it has some, which is drawn by an expert's place."""
+    return {name: False for name in defaults(METHODS[method]) if name.endswith(".noise")}
 
 
 def tight(method: str) -> dict[str, Any]:

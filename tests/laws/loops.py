@@ -78,15 +78,17 @@ def closure(layer: MoE, micro: list[Tensor]) -> None:
 
 
 def two_optimizers(layer: MoE, micro: list[Tensor]) -> None:
-    """One for the router, one for the rest; each zeroes its gradients at its own time."""
-    router, rest = SGD(layer.router.parameters(), lr=1e-2), AdamW(layer.experts.parameters())
-    handle = attach(layer, [router, rest])
-    router.zero_grad()
+    """One for the experts, one for the rest, if only for a gain; each zeroes its gradients at its own time."""
+    experts = AdamW(layer.experts.parameters())
+    layer.gain = torch.nn.Parameter(torch.ones(1))
+    rest = SGD([p for name, p in layer.named_parameters() if not name.startswith("experts.")], lr=1e-2)
+    handle = attach(layer, [rest, experts])
+    rest.zero_grad()
     for x in micro:
         (handle.follow(loss_of(layer(x))) / len(micro)).backward()
+    experts.step()
+    experts.zero_grad()
     rest.step()
-    rest.zero_grad()
-    router.step()
 
 
 def grad_scaler(layer: MoE, micro: list[Tensor], fused: bool, overflows: bool) -> None:

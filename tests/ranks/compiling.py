@@ -11,7 +11,7 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from equipoise import attach
-from laws.cases import WRAPPERS, Make, counts_of, loss_of, tokens
+from laws.cases import WRAPPERS, Make, counts_of, loss_of, router_gradient, tokens
 from ranks.pool import named
 
 
@@ -85,7 +85,7 @@ def _step(way: Way, model: Recording, group: Any, backend: str, backward: int) -
         loss = handle.follow(loss_of(y, mask)) * 0.5
         for left in reversed(range(backward)):
             loss.backward(retain_graph=bool(left))
-    gradients = [layer.router.weight.grad.clone() for layer in model.layers]
+    gradients = [router_gradient(layer) for layer in model.layers]
     optimizer.step()
     counts = [counts_of(layer.window.last) for layer in model.layers]
     return {"y": y.detach(), "seen": [s.detach() for s in model.seen], "gradients": gradients, "counts": counts}

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from equipoise import MoE, attach, load_stats
-from laws.cases import WRAPPERS, counts_of, loss_of, state_of, tokens
+from laws.cases import WRAPPERS, counts_of, loss_of, router_gradient, state_of, tokens
 from ranks.pool import named
 
 Step = list[list[Tensor]]  # by rank, then by micro-batch: tokens
@@ -57,7 +57,7 @@ def train(rank: int, layer: MoE, model: Callable[..., Tensor], steps: list[Step]
 def left_by_a_step(layer: MoE) -> Report:
     """The router's gradient, the window that was committed, the state, and the losses that are read."""
     return {
-        "gradient": layer.router.weight.grad.clone(),
+        "gradient": router_gradient(layer),
         "counts": counts_of(layer.window.last),
         "state": state_of(layer),
         "loss": load_stats(layer)[""].loss,
@@ -76,7 +76,7 @@ def train_sharded(rank: int, make: str, method: str, steps: list[Step]) -> list[
     """Under FSDP2: parameters and their gradients are split over the ranks, state is not."""
     layer = named(make)(method)
     fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return [report | {"gradient": report["gradient"].full_tensor()} for report in train(rank, layer, layer, steps)]
+    return train(rank, layer, layer, steps)
 
 
 def step_sharded(rank: int, make: str, method: str) -> dict[str, Tensor]:

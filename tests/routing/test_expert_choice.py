@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,3 +113,28 @@ def test_as_trained_evaluates_as_it_trains():
 def test_an_unknown_fall_back_is_refused():
     with pytest.raises(UserError, match="refuse, top_k, as_trained"):
         ExpertChoice(5, evaluation="train")
+
+
+def by_sequence(score_TE, k, mask_T, length):
+    """The pairs when every expert takes its share of each sequence's tokens."""
+    found = set()
+    for start in range(0, len(score_TE), length):
+        mask = None if mask_T is None else mask_T[start : start + length]
+        found |= {(start + t, e) for t, e in taken_by_loop(score_TE[start : start + length], k, mask)}
+    return found
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 5), st.booleans(), st.integers(0, 99))
+def test_sequences_compete_by_themselves(sequences, length, k, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    score_TE = torch.rand(sequences * length, 5, generator=generator)
+    mask_T = torch.rand(sequences * length, generator=generator) < 0.6 if masked else None
+    call = replace(call_of(score_TE, k, mask_T), num_sequences=sequences)
+    selector = ExpertChoice(5, per="sequence", renormalize=True)
+    routing = selector(call, scores_of(score_TE))
+    check_order(routing)
+    assert pairs(routing) == by_sequence(score_TE, k, mask_T, length)
+    assert len(routing.token_N) == selector.rows_of(call, 5)
+    weight_TE, taken_TE = dense(routing, len(score_TE))
+    torch.testing.assert_close(weight_TE.sum(1), taken_TE.any(1).float())

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equipoise import MoE
 from equipoise.contracts import Scores
 from equipoise.errors import UserError
 from equipoise.routing.softmax import Softmax
@@ -39,6 +40,17 @@ def kept_by_loop(chosen, gate_TE, capacity, drop):
         waiting.sort(key=lambda t, e=e: -gate_TE[t, e].item() if drop == "score" else t)
         kept |= {(t, e) for t in waiting[:capacity]}
     return kept
+
+
+def chosen_in_groups_by_loop(choice_TE, k, groups, kept_groups):
+    """Every token's K best experts of the groups in which its K / kept_groups best add up to most."""
+    size, chosen = choice_TE.shape[1] // groups, {}
+    for token, row in enumerate(choice_TE.tolist()):
+        members = [range(group * size, group * size + size) for group in range(groups)]
+        sums = [sum(sorted((row[e] for e in group), reverse=True)[: k // kept_groups]) for group in members]
+        kept = sorted(range(groups), key=lambda g, sums=sums: -sums[g])[:kept_groups]
+        chosen[token] = sorted((e for g in kept for e in members[g]), key=lambda e, row=row: -row[e])[:k]
+    return chosen
 
 
 def pairs(routing):
@@ -143,6 +155,64 @@ def test_renormalised_weights_are_shares_of_the_chosen_gates(renormalize):
     torch.testing.assert_close(weight_TE, share_TE, rtol=1e-6, atol=0)
 
 
+@few
+@given(st.integers(0, 13), st.integers(1, 4), st.integers(1, 5), st.integers(0, 99), st.data())
+def test_a_token_keeps_to_its_best_groups(num_tokens, groups, size, seed, data):
+    kept_groups, num_experts = data.draw(st.integers(1, groups)), groups * size
+    k = kept_groups * data.draw(st.integers(1, size))
+    choice_TE = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+    selector = TopK(num_experts, groups=groups, kept_groups=kept_groups)
+    selector.refuse(k)
+    routing = selector(call_of(choice_TE, k), scores_of(choice_TE))
+    chosen = chosen_in_groups_by_loop(choice_TE, k, groups, kept_groups)
+    check_order(routing)
+    assert pairs(routing) == {(t, e) for t, experts in chosen.items() for e in experts}
+    assert all(len({e // size for e in experts}) <= kept_groups for experts in chosen.values())
+
+
+def test_groups_of_negative_scores_are_not_beaten_by_those_left_out():
+    # The first group wins by its sum, -3 against -4; a 0 in place of -inf for the others would then win every row.
+    choice_TE = torch.tensor([[-1.0, -2.0, -0.5, -3.5]])
+    routing = TopK(4, groups=2, renormalize=False)(call_of(choice_TE, 2), scores_of(choice_TE))
+    assert pairs(routing) == {(0, 0), (0, 1)}
+
+
+@pytest.mark.parametrize("name", awkward_logits(12))
+@pytest.mark.parametrize(("groups", "kept_groups"), [(1, 1), (2, 2), (4, 4)])
+def test_where_all_groups_are_kept_there_is_no_limit(name, groups, kept_groups):
+    call = call_of(awkward_logits(12)[name], 4)
+    plain, grouped = (TopK(12, **kwargs) for kwargs in ({}, {"groups": groups, "kept_groups": kept_groups}))
+    scores = Softmax(12)(call)
+    assert torch.equal(grouped(call, scores).expert_N, plain(call, scores).expert_N)
+
+
+def test_weights_are_scaled_and_loads_are_not():
+    gate_TE = torch.rand(11, 5)
+    call, scores = call_of(gate_TE, 3), scores_of(gate_TE)
+    plain, scaled = TopK(5, capacity_factor=0.8)(call, scores), TopK(5, capacity_factor=0.8, scale=2.5)(call, scores)
+    torch.testing.assert_close(scaled.weight_N, 2.5 * plain.weight_N, rtol=1e-6, atol=0)
+    assert torch.equal(scaled.load_E, plain.load_E)
+    assert torch.equal(scaled.dropped_E, plain.dropped_E)
+
+
+@pytest.mark.parametrize(
+    ("groups", "kept_groups", "k", "words"),
+    [
+        (4, 2, 3, "must divide top_k"),
+        (4, 2, 8, "groups of 3 experts must hold top_k"),
+        (4, 4, 2, "kept_groups=4 does not fit top_k=2"),
+    ],
+)
+def test_groups_that_do_not_fit_k_are_refused(groups, kept_groups, k, words):
+    with pytest.raises(UserError, match=words):
+        TopK(12, groups=groups, kept_groups=kept_groups).refuse(k)
+
+
+def test_groups_are_refused_before_training_for_every_k_of_a_schedule():
+    with pytest.raises(UserError, match="kept_groups=2 does not fit top_k=3"):
+        MoE(dim=3, hidden_dim=5, num_experts=12, top_k={0: 4, 10: 3}, groups=4, kept_groups=2)
+
+
 def test_one_expert_per_token_cannot_be_renormalised():
     with pytest.raises(UserError, match="renormalize=True with top_k=1"):
         TopK(5, renormalize=True).refuse(1)
@@ -170,6 +240,13 @@ def test_the_gradient_reaches_kept_rows_of_real_tokens_only():
         ({"drop": "gate"}, "'score' or 'position'"),
         ({"capacity_factor": 0.0}, "is no factor"),
         ({"capacity_factor": -1.0}, "is no factor"),
+        ({"groups": 2}, "must divide the 5 experts"),
+        ({"groups": 0}, "must divide the 5 experts"),
+        ({"groups": 5, "kept_groups": 6}, "between 1 and groups=5"),
+        ({"groups": 5, "kept_groups": 0}, "between 1 and groups=5"),
+        ({"kept_groups": 2}, "raise groups"),
+        ({"scale": 0.0}, "is no factor"),
+        ({"scale": math.inf}, "is no factor"),
     ],
 )
 def test_impossible_settings_are_refused(setting, words):

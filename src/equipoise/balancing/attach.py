@@ -122,7 +122,7 @@ class Handle:
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # what a GradScaler tells a fused optimizer
-        if found_inf is not None and found_inf.item():
+        if found_inf is not None and bool(found_inf):  # an int where no parameter had a gradient
             self.discard()
             return
         self._stepped.add(id(optimizer))

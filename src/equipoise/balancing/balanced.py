@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ class BalancedLayer(nn.Module):
         step: optimizer steps so far; saved with the model, since schedules read it.
         window: what was counted since the last step.
         override: a hook that takes the selector's place; see ``equipoise.override``.
+        ratio_B: the share of masked tokens of each sequence; see ``equipoise.denoising``.
         routing: the last call's Routing, detached; None before it.
         logit_total: the sum of the last call's logits; not finite where one of them is not.
     """
@@ -66,6 +68,7 @@ class BalancedLayer(nn.Module):
         learns = any(isinstance(p, Stateful) or getattr(p, "needs_all_ranks", False) for p in self._parts().values())
         self.window = Window(balancers, learns)
         self.override: Hook | None = None
+        self.ratio_B: Tensor | None = None
         self.routing: Routing | None = None
         self.logit_total: Tensor | None = None
 
@@ -84,11 +87,13 @@ class BalancedLayer(nn.Module):
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
         length = x.shape[-2] if x.dim() > 2 else max(1, x_TD.shape[0])
         sequence_T = torch.arange(x_TD.shape[0], device=x.device) // length
-        return self._call(x_TD, mask_T, sequence_T, self.training)
+        num_sequences = x.shape[:-2].numel() if x.dim() > 2 else 1
+        call = self._call(x_TD, mask_T, sequence_T, self.training)
+        return replace(call, num_sequences=num_sequences, ratio_B=self._ratios(num_sequences))
 
     def choose(self, call: Call, scores: Scores) -> Routing:
         """Let the selector choose the rows, or the hook that overrides it."""
-        hook = self.override if torch.compiler.is_compiling() else self._hook()
+        hook = self._held("override")
         return self.selector(call, scores) if hook is None else hook(call, scores, self.selector)
 
     def refuse_nonfinite(self, scores: Scores) -> None:
@@ -121,8 +126,8 @@ class BalancedLayer(nn.Module):
 
     def blank_statistics(self) -> dict[str, Tensor]:
         """The statistics of a window in which this rank saw nothing, for ranks that must add something."""
-        weight = self.router.weight  # may be sharded, and so is only asked for its shape
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight = self.router.weight  # may be sharded, and so is only asked for its shape; may be fp32 in any model
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         x_TD = torch.zeros(0, weight.shape[1], dtype=dtype, device=weight.device)
         call = self._call(x_TD, None, x_TD.new_zeros(0).long(), training=True)
         scores = Scores(*[x_TD.new_zeros(0, weight.shape[0])] * 4)
@@ -143,6 +148,11 @@ class BalancedLayer(nn.Module):
         self.step += trained.to(self.step.device)
         self._follow_sparsity()
         self.window.last = total
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether training gives a token experts that depend on other tokens of the call, later ones included."""
+        return any(getattr(module, "looks_ahead", False) for module in self._parts().values())
 
     def across_layers(self) -> list[str]:
         """The parts whose state is one for all layers, and so moves by the statistics of all."""
@@ -169,17 +179,28 @@ class BalancedLayer(nn.Module):
         if self.window.handle is not None and not in_backward():
             self.window.handle.forget_scale()
 
-    def _hook(self) -> Hook | None:
-        """The hook of this forward, which a checkpoint keeps: it recomputes in the backward pass, after the block."""
+    def _held(self, attribute: str) -> Any:
+        """What a block set for this forward; a checkpoint keeps it, and recomputes in the backward, after the block."""
+        value = getattr(self, attribute)
+        if torch.compiler.is_compiling():
+            return value
         recomputed = in_backward()
-        if self.override is None and not recomputed:
+        if value is None and not recomputed:
             return None
-        checkpoint, name = current_checkpoint(), f"equipoise_hook_{int(self.window.key)}"
+        checkpoint, name = current_checkpoint(), f"equipoise_{attribute}_{int(self.window.key)}"
         if recomputed:
             return getattr(checkpoint, name, None)
         if checkpoint is not None:
-            setattr(checkpoint, name, self.override)
-        return self.override
+            setattr(checkpoint, name, value)
+        return value
+
+    def _ratios(self, num_sequences: int) -> Tensor | None:
+        """The ratios of this forward's sequences. Fails: UserError where they are another number."""
+        ratio_B = self._held("ratio_B")
+        if ratio_B is not None and tuple(ratio_B.shape) != (num_sequences,):
+            shape = list(ratio_B.shape)
+            raise UserError(f"denoising was given ratios {shape} for {num_sequences} sequences; give one for each.")
+        return ratio_B
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         dim = self.router.weight.shape[1]

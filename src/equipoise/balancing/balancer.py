@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from equipoise.contracts import Call, Routing, Scores
+from equipoise.precision import FixedPrecision
 
 
 class Balancer(nn.Module):
@@ -16,8 +17,8 @@ class Balancer(nn.Module):
 
     Attributes:
         weight: of the loss in what is trained on.
-        across_layers: the state is one for all layers of a model; ``update`` then gets the statistics of all layers, and
-            their number as ``"layers"``.
+        across_layers: the state is one for all layers of a model; ``update`` then gets the statistics of all layers,
+            and their number as ``"layers"``.
     """
 
     weight: float = 0.0
@@ -45,7 +46,7 @@ class Balancer(nn.Module):
         return False
 
 
-class SelectionBias(Balancer):
+class SelectionBias(FixedPrecision, Balancer):
     """A bias per expert that is added to the choice, never to the weights; persistent and fp32 whatever the model is.
 
     Args:
@@ -61,11 +62,3 @@ class SelectionBias(Balancer):
     def adjust(self, call: Call, scores: Scores) -> Scores:
         """Rank by ``choice + bias``."""
         return Scores(scores.logit_TE, scores.prob_TE, scores.gate_TE, scores.choice_TE + self.bias_E)
-
-    def _apply(self, fn, recurse=True):
-        """Follow moves, but not casts: a bf16 bias stops moving (steps of 1e-3 vanish beside 0.5)."""
-        before = self.bias_E
-        super()._apply(fn, recurse)
-        if self.bias_E.dtype != torch.float32:
-            self.bias_E = before.to(self.bias_E.device)
-        return self

@@ -36,16 +36,16 @@ def run(config: Config, as_json: bool) -> None:
     elif config.name:
         _explain(chosen[0])
     else:
-        table = Table("method", "what it does", "use it when", "causal", "source")
+        table = Table("method", "what it does", "use it when", "causal")
+        table.columns[0].no_wrap = True
         for method in chosen:
-            table.add_row(method.name, method.summary, method.use, "yes" if method.causal else "no", method.source)
+            table.add_row(method.name, method.summary, method.use, _causal(method))
         Console().print(table, "equipoise methods NAME explains one.", sep="\n")
 
 
 def _explain(method: Method) -> None:
     from equipoise.building import defaults
 
-    causal = "yes" if method.causal else "no: a token's experts depend on other tokens, so name a fall-back to evaluate"
     grid = Table.grid(padding=(0, 2))
     for name, words in (
         ("source", method.source),
@@ -55,7 +55,7 @@ def _explain(method: Method) -> None:
         ("state", ", ".join(method.state) or "none"),
         ("traffic", method.traffic),
         ("cost", method.cost),
-        ("causal", causal),
+        ("causal", _causal(method)),
         ("use it when", method.use),
         ("not when", method.avoid),
         ("settings", ", ".join(f"{name}={value}" for name, value in defaults(method).items())),
@@ -64,8 +64,13 @@ def _explain(method: Method) -> None:
     Console().print(f"[bold]{method.name}[/]: {method.summary}", grid, sep="\n")
 
 
+def _causal(method: Method) -> str:
+    """Whether a token's experts depend on other tokens, and when."""
+    return "no" if not method.causal else "in evaluation" if method.looks_ahead else "yes"
+
+
 def _facts(method: Method) -> dict[str, Any]:
     from equipoise.building import defaults
 
-    told = {"settings": defaults(method), "causal": method.causal, "state": method.state, "status": method.status}
+    told = {"settings": defaults(method), "causal": _causal(method), "state": method.state, "status": method.status}
     return asdict(method) | told

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from equipoise.config import ModelConfig
 from equipoise.errors import UserError
+from equipoise.experts.pool import share_experts
 from equipoise.experts.swiglu import DenseSwiGLU, SwiGLU
+from equipoise.methods import find
 from equipoise.models.cache import Cache
 from equipoise.moe import MoE
 from equipoise.routing.router import Router
@@ -82,7 +84,7 @@ class Decoder(nn.Module):
     """Token ids to next-token logits.
 
     The initial weights follow from torch's seed and each parameter's name alone, so two methods built after the same
-    ``torch.manual_seed`` start from the same model.
+    ``torch.manual_seed`` start from the same model; a pool of experts that all layers share has draws of its own.
 
     Args:
         config: the model's sizes and its method.
@@ -104,7 +106,11 @@ class Decoder(nn.Module):
         seed = int(torch.randint(2**31, (), device="cpu"))
         self.max_seq_len = max_seq_len
         self.embedding = nn.Embedding(vocab_size, config.dim)
-        self.layers = nn.ModuleList([Layer(config, index) for index in range(config.num_layers)])
+        self.layers = nn.ModuleList()
+        for index in range(config.num_layers):
+            self.layers.append(Layer(config, index))
+            if find(config.method).pool and index >= config.dense_layers:  # at once: a spare pool is a spare model
+                share_experts(layer.moe for layer in self.layers[config.dense_layers :])
         self.norm = nn.RMSNorm(config.dim)
         _initialise(self, seed, residual_scale=(2 * config.num_layers) ** -0.5)
 
@@ -170,12 +176,13 @@ def _visible(position_P: Int[Tensor, " P"], start: int, window: int | None) -> B
 
 
 def _moe(config: ModelConfig, index: int) -> MoE:
-    """The MoE layer of this number that a configuration asks for."""
-    sparsity = parse(config.sparsity, config.top_k, config.num_layers - config.dense_layers, config.num_experts)
+    """The MoE layer of this number that a configuration asks for; a pool has as many experts as all layers would."""
+    num_layers = config.num_layers - config.dense_layers
+    sparsity = parse(config.sparsity, config.top_k, num_layers, config.num_experts)
     return MoE(
         dim=config.dim,
         hidden_dim=config.hidden_dim,
-        num_experts=config.num_experts,
+        num_experts=config.num_experts * (num_layers if find(config.method).pool else 1),
         top_k=sparsity[index].by_step(),
         method=config.method,
         shared_experts=config.shared_experts,

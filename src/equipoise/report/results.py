@@ -20,7 +20,7 @@ class Row:
     Attributes:
         method: its name.
         seeds: how many runs the means are over.
-        causal: False where a token's experts depend on later tokens.
+        causal: False where training gave tokens experts that depend on later tokens.
         perplexity: on the validation set.
         perplexity_sd: sample standard deviation over the seeds; None with one seed or without finite values.
         difference: mean paired difference of the perplexity to the baseline; None without two finite pairs.

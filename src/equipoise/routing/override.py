@@ -49,10 +49,7 @@ def replay(recorded: Routing) -> Hook:
     require(not dropped, f"{dropped} rows of the recording were dropped; record without capacity_factor to replay.")
 
     def hook(call: Call, scores: Scores, selector: Selector) -> Routing:
-        rows, recorded_rows = (
-            selector.num_rows(scores.gate_TE.shape[0], scores.gate_TE.shape[1], call.k),
-            len(recorded.token_N),
-        )
+        rows, recorded_rows = selector.rows_of(call, scores.gate_TE.shape[1]), len(recorded.token_N)
         require(rows == recorded_rows, f"The recording has {recorded_rows} rows, but this call has {rows}.")
         expert_N = unmasked(call, recorded.token_N, recorded.expert_N, scores.gate_TE.shape[1])
         weight_N = selector.weigh(call, scores, recorded.token_N, expert_N)

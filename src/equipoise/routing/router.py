@@ -20,7 +20,12 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """The logits of every token for every expert."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        kind = "cpu" if x_TD.device.type == "meta" else x_TD.device.type  # autocast does not know meta tensors
-        with torch.autocast(kind, enabled=False):
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return multiply(x_TD, self.weight)
+
+
+def multiply(x_TD: Float[Tensor, "T D"], weight_ED: Float[Tensor, "E D"]) -> Float[Tensor, "T E"]:
+    """``x weight^T`` in fp32 under any autocast, or in the tokens' dtype where that is more precise."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    kind = "cpu" if x_TD.device.type == "meta" else x_TD.device.type  # autocast does not know meta tensors
+    with torch.autocast(kind, enabled=False):
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))

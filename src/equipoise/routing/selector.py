@@ -18,11 +18,15 @@ class Selector(nn.Module):
 
     Attributes:
         causal: False where evaluation, too, gives a token experts that depend on other tokens.
+        looks_ahead: True where training gives a token experts that depend on other tokens of the call.
         nulls: null experts beside the E true ones.
+        identity: null experts answer with the token itself, else with nothing.
     """
 
     causal: bool = True
+    looks_ahead: bool = False
     nulls: int = 0
+    identity: bool = False
 
     def __init__(self, num_experts: int, *, renormalize: bool | None = None):
         super().__init__()
@@ -35,6 +39,10 @@ class Selector(nn.Module):
     def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
         """N, the static bound on the rows of a call: T*K."""
         return num_tokens * k
+
+    def rows_of(self, call: Call, num_experts: int) -> int:
+        """N of this very call."""
+        return self.num_rows(call.x_TD.shape[0], num_experts, call.k)
 
     def planned_rows(self, num_experts: int, k: int) -> float:
         """Rows per token that true experts are expected to compute, by which budgets are planned: K."""

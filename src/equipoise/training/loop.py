@@ -126,7 +126,7 @@ class Run:
             "specialisation": _mean(per_layer, "specialisation"),
             "tokens_per_second": trainer.tokens / trainer.seconds,
             "peak_memory_bytes": _peak_memory(trainer.ranks.device),
-            "causal": method.causal,
+            "causal": not any(layer.looks_ahead for layer in trainer.layers.values()),
             "settings": next(iter(trainer.layers.values())).settings if trainer.layers else {},
             "kernel": next(iter(trainer.layers.values())).experts.kernel_used if trainer.layers else "",
             "text": {

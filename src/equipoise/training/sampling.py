@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 
 from equipoise.config import TrainConfig, load
 from equipoise.errors import UserError
@@ -27,7 +27,7 @@ def load_run(folder: Path) -> tuple[Decoder, Tokenizer]:
     encoder = tokenizer.load(folder)
     model = Decoder(config.model, encoder.vocab_size, max_seq_len=config.data.seq_len)
     try:
-        model.load_state_dict(load_file(weights))
+        load_model(model, weights)  # knows weights that layers share, which the file holds once
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(":. ")
         raise UserError(f"{weights} does not hold this model's weights ({reason}); train it again.") from error
