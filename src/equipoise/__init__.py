@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from equipoise.experts.pool import share_experts
     from equipoise.methods import METHODS
     from equipoise.moe import MoE
+    from equipoise.placement.solve import place
     from equipoise.routing.denoising import denoising
     from equipoise.routing.override import forced_balance, override, replay
     from equipoise.soft_moe import SoftMoE
@@ -28,12 +29,13 @@ _HOMES = {
     "equipoise.building": ("Method",),
     "equipoise.experts.pool": ("share_experts",),
     "equipoise.methods": ("METHODS",),
+    "equipoise.placement.solve": ("place",),
     "equipoise.moe": ("MoE",),
     "equipoise.routing.denoising": ("denoising",),
     "equipoise.routing.override": ("forced_balance", "override", "replay"),
     "equipoise.soft_moe": ("SoftMoE",),
 }
-_PACKAGES = {"parallel"}
+_PACKAGES = {"parallel", "serving"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
@@ -52,6 +54,7 @@ __all__ = [
     "forced_balance",
     "load_stats",
     "override",
+    "place",
     "replay",
     "share_experts",
 ]

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
-    module = importlib.import_module(COMMANDS[command])
+    name, summary = COMMANDS[command]
+    module = importlib.import_module(f"equipoise.commands.{name}")
     kind: type = module.Config
     common = argparse.ArgumentParser(f"equipoise {command}", add_help=False, allow_abbrev=False)
     common.add_argument("--json", action="store_true")
@@ -53,7 +54,7 @@ def _run(command: str, words: list[str]) -> int:
         known, rest = common.parse_known_args(words)
         _refuse_unknown_flags(command, kind, rest)
         given: dict[str, Any] = {"default": load(kind, known.config)} if takes_file and known.config else {}
-        about = f"{module.SUMMARY} --json prints the result as JSON."
+        about = f"{summary} --json prints the result as JSON."
         about += " --config FILE reads settings from TOML, which flags override." if takes_file else ""
         config = tyro.cli(
             kind,
@@ -108,7 +109,7 @@ def _flags(kind: type) -> Iterator[str]:
 
 
 def _overview() -> str:
-    lines = [f"  {name:10} {importlib.import_module(module).SUMMARY}" for name, module in COMMANDS.items()]
+    lines = [f"  {name:16} {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             "equipoise: keep the experts of a sparse Mixture-of-Experts evenly used.",

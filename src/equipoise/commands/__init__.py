@@ -1,17 +1,19 @@
-"""The commands, one module each: ``Config``, ``run(config, as_json)``, ``SUMMARY``, ``EXAMPLE``.
+"""The commands, one module each: ``Config``, ``run(config, as_json)`` and ``EXAMPLE``.
 
-A module is imported to explain itself, so it imports what it works with only in ``run``.
+A module is imported when its command is asked for, so that no command waits for what another one needs.
 """
 
 import json
 from typing import Any
 
-# Name on the command line to module, in the order in which they are listed.
+# Name on the command line to its module and what it does, in the order in which they are listed.
 COMMANDS = {
-    "compare": "equipoise.commands.compare",
-    "train": "equipoise.commands.train",
-    "generate": "equipoise.commands.generate",
-    "methods": "equipoise.commands.methods",
+    "compare": ("compare", "Train balancing methods side by side at equal FLOPs on a text, and report."),
+    "train": ("train", "Train one decoder; started again, it resumes. Under torchrun, on many ranks."),
+    "generate": ("generate", "Let a trained model continue a text."),
+    "methods": ("methods", "List the balancing methods, or explain one."),
+    "place": ("place", "Decide which devices hold which experts."),
+    "replay-requests": ("replay_requests", "Compare policies that send requests to replicas, on simulated replicas."),
 }
 
 

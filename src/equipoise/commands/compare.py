@@ -8,7 +8,6 @@ from equipoise.commands import print_json
 from equipoise.config import CompareConfig
 
 Config = CompareConfig
-SUMMARY = "Train balancing methods side by side at equal FLOPs on a text, and report."
 EXAMPLE = "equipoise compare --methods switch loss_free --minutes 4 --data my_texts/"
 
 

@@ -8,7 +8,6 @@ import tyro
 
 from equipoise.commands import print_json
 
-SUMMARY = "Let a trained model continue a text."
 EXAMPLE = 'equipoise generate runs/mine --prompt "def main("'
 
 

@@ -14,7 +14,6 @@ from equipoise.commands import print_json
 if TYPE_CHECKING:
     from equipoise.building import Method
 
-SUMMARY = "List the balancing methods, or explain one."
 EXAMPLE = "equipoise methods loss_free --json"
 
 

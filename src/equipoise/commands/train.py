@@ -6,7 +6,6 @@ from equipoise.commands import print_json
 from equipoise.config import TrainConfig
 
 Config = TrainConfig
-SUMMARY = "Train one decoder; started again, it resumes. Under torchrun, on many ranks."
 EXAMPLE = "equipoise train --method loss_free --steps 500 --out runs/mine"
 
 
