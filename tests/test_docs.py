@@ -12,6 +12,7 @@ from equipoise import METHODS, MoE, SoftMoE
 from equipoise.balancing import BALANCERS
 from equipoise.building import build
 from equipoise.routing import SCORERS, SELECTORS
+from laws.faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
 METHOD_PAGES = ROOT / "docs/methods"
@@ -72,7 +73,7 @@ def test_every_relative_link_leads_to_a_file(name):
 
 def test_every_method_has_its_page_and_every_page_its_method():
     pages = {path.stem for path in METHOD_PAGES.glob("*.md")}
-    assert pages == METHODS.keys() | {"README", "z_loss", "soft_moe"}
+    assert pages == METHODS.keys() | {"README", "proofs", "z_loss", "soft_moe"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -122,3 +123,12 @@ def test_the_overview_says_what_the_code_says():
 def test_the_readme_names_every_method():
     expected = "\n".join(f"| `{name}` | {method.summary} | {method.source} |" for name, method in METHODS.items())
     assert expected in (ROOT / "README.md").read_text(encoding="utf-8"), f"write:\n{expected}"
+
+
+def test_every_method_has_its_proof():
+    rows = {row[0].strip("`"): row for row in table(METHOD_PAGES / "proofs.md")}
+    assert list(rows) == list(METHODS)
+    for name, (_, oracle, planted) in rows.items():
+        fault, _, law = planted.partition(": ")
+        assert len(oracle) > 20
+        assert (FAULTS[fault].arguments["method"], FAULTS[fault].law) == (name, law.strip("`"))

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
@@ -64,7 +65,9 @@ def _run(command: str, words: list[str]) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
             **given,
         )
-        module.run(config, known.json)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            module.run(config, known.json)
         sys.stdout.flush()
     except UserError as error:
         print(f"equipoise: {error}", file=sys.stderr)
@@ -81,6 +84,11 @@ def _run(command: str, words: list[str]) -> int:
     except SystemExit as stop:  # tyro's own, after --help or an unknown flag
         return stop.code if isinstance(stop.code, int) else MISUSE
     return DONE
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    """One sentence, as for errors: the line of code it comes from helps nobody here."""
+    print(f"equipoise: {message}", file=sys.stderr)
 
 
 def _refuse_unknown_flags(command: str, kind: type, words: list[str]) -> None:

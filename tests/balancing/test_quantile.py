@@ -1,9 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from equipoise import MoE
 from equipoise.balancing.quantile import Quantile
@@ -102,6 +104,31 @@ def test_one_update_is_the_exact_quantile_within_a_bins_width(num_tokens, num_ex
     width = (start_E.max() - start_E.min() + 2).item() / 500
     expected_E = exact_bias(score_TE, start_E, k)
     torch.testing.assert_close(learn(balancer, score_TE, k), expected_E, rtol=0, atol=2 * width)
+
+
+def best_even_total(score_TE, k):
+    """The highest total score where every token has K experts and every expert its share: a linear program."""
+    num_tokens, num_experts = score_TE.shape
+    rows = np.kron(np.eye(num_tokens), np.ones((1, num_experts)))
+    columns = np.kron(np.ones((1, num_tokens)), np.eye(num_experts))
+    share = [k] * num_tokens + [num_tokens * k / num_experts] * num_experts
+    score = score_TE.double().numpy().ravel()
+    return -linprog(-score, A_eq=np.vstack([rows, columns]), b_eq=share, bounds=(0, 1)).fun
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_its_dual_bounds_the_linear_program_and_reaches_it(k):
+    """By any bias the K best biased scores, less the biases' shares, are no less than the even optimum."""
+    score_TE = (torch.randn(61, 7) + torch.randn(7)).sigmoid()
+    balancer, best = Quantile(7, bins=20_000, cutoff="mid"), best_even_total(score_TE, k)
+    values = []
+    for _ in range(16):
+        bias_E = balancer.bias_E.double()
+        values.append(float((score_TE + bias_E).topk(k).values.sum() - 61 * k / 7 * bias_E.sum()))
+        learn(balancer, score_TE, k)
+    assert min(values) >= best - 1e-6
+    assert values[0] > best * 1.02
+    assert values[-1] < best * 1.005
 
 
 @pytest.mark.parametrize(

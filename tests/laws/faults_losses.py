@@ -1,4 +1,4 @@
-"""Faults of ERC, Sigma-MoE-Tiny, AdaMoE, token rounding and noisy top-k gating."""
+"""Faults of expert choice, ERC, Sigma-MoE-Tiny, AdaMoE, token rounding and noisy top-k gating."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ from equipoise.balancing.balance_loss import BalanceLoss
 from equipoise.balancing.erc import Erc
 from equipoise.balancing.importance_load import ImportanceLoad
 from equipoise.balancing.top1_loss import Top1Loss
+from equipoise.routing.expert_choice import ExpertChoice
 from equipoise.routing.token_rounding import TokenRounding
 from laws.fault import Fault, breaking
 
@@ -32,6 +33,13 @@ class BalancesEveryNull(BalanceLoss):
     """Null experts are balanced among themselves."""
 
 
+class ChoosesPadding(ExpertChoice):
+    """Padding is among the tokens that experts choose from, and in their capacity."""
+
+    def forward(self, call, scores):
+        return super().forward(replace(call, mask_T=None), scores)
+
+
 class RoundsPadding(TokenRounding):
     """Padding chooses experts too."""
 
@@ -47,6 +55,11 @@ class ExpectsPadding(ImportanceLoad):
 
 
 FAULTS = {
+    "experts choose padding": Fault(
+        "test_padding.test_padding_changes_nothing",
+        breaking(selector=ChoosesPadding),
+        {"method": "expert_choice", "fill": 0.0},
+    ),
     "noise is drawn from a stream": Fault(
         "test_counting.test_what_wraps_a_layer_changes_nothing",
         breaking(erc=DrawsFromTheStream),
