@@ -13,7 +13,8 @@ import pytest
 import equipoise
 from equipoise import METHODS, cli
 from equipoise.commands import COMMANDS
-from equipoise.config import TrainConfig, load
+from equipoise.config import TrainConfig
+from equipoise.toml import load
 from equipoise.training.run import CONFIG_FILE, RESULT_FILE
 from tiny_commands import tiny_command
 from tiny_runs import write_text

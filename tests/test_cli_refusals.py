@@ -137,7 +137,7 @@ def test_a_wrong_file_names_the_nearest_key(words, refused, tmp_path: Path) -> N
             "nowhere holds no finished run (model.safetensors is missing); finish `equipoise train` first.",
         ),
         ("compare --flops 1e7 --methods unbalanced swich", "Unknown method 'swich' (did you mean 'switch'?); "),
-        ("compare --flops 1e7 --minutes 1", "Give exactly one of flops and minutes, not both."),
+        ("compare --flops 1e7 --minutes 1", "Give exactly one of flops, minutes and isoflop, not flops and minutes."),
         ("compare --flops 1e7 --methods switch switch", "methods must name each method once, not switch, switch."),
         ("compare --flops 1e7 --top-k 99", "top_k must be at most num_experts (16), not 99."),
         ("compare --steps 5", "Unknown option --steps; "),

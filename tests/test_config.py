@@ -11,20 +11,9 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.config import (
-    CompareConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    dump,
-    from_dict,
-    load,
-    save,
-    to_dict,
-)
+from equipoise.config import CompareConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from equipoise.errors import UserError
+from equipoise.toml import dump, from_dict, load, save, to_dict
 
 
 def values_of(kind: Any) -> st.SearchStrategy:
@@ -153,8 +142,8 @@ def compare(**changes: Any) -> CompareConfig:
         (run(flops=1e9), "Give exactly one of steps and flops, not both."),
         (run(seed=-1), "seed must be a whole number of at least 0, not -1."),
         (run(keep=0), "keep must be a whole number above 0, not 0."),
-        (compare(minutes=None), "Give exactly one of flops and minutes, not none."),
-        (compare(flops=1e9), "Give exactly one of flops and minutes, not both."),
+        (compare(minutes=None), "Give exactly one of flops, minutes and isoflop, not none."),
+        (compare(flops=1e9), "Give exactly one of flops, minutes and isoflop, not flops and minutes."),
         (compare(minutes=math.inf), "minutes must be a number above 0, not inf."),
         (compare(methods=("switch", "switch")), "methods must name each method once, not switch, switch."),
         (compare(methods=()), "methods must name at least one method."),

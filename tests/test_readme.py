@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.config import CompareConfig, load
+from equipoise.config import CompareConfig
+from equipoise.toml import load
 
 ROOT = Path(__file__).parent.parent
 MODEL = "--dim 16 --num-heads 2 --num-layers 1 --hidden-dim 16 --num-experts 4 --seq-len 16 --batch-size 4"

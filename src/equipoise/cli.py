@@ -17,8 +17,9 @@ from typing import Any, get_type_hints
 import tyro
 
 from equipoise.commands import COMMANDS
-from equipoise.config import RunConfig, load
+from equipoise.config import RunConfig
 from equipoise.errors import Interrupted, UserError
+from equipoise.toml import load
 
 DONE, FAILED, MISUSE = 0, 1, 2
 

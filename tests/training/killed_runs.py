@@ -21,7 +21,8 @@ from pathlib import Path
 import torch.utils.tensorboard  # noqa: F401 - once, before all forks
 
 from equipoise import cli
-from equipoise.config import TrainConfig, load, save
+from equipoise.config import TrainConfig
+from equipoise.toml import load, save
 from equipoise.training import checkpoint
 from equipoise.training.loop import train
 from equipoise.training.metrics import read

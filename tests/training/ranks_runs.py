@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from equipoise.config import TrainConfig, load
+from equipoise.config import TrainConfig
 from equipoise.errors import Interrupted
+from equipoise.toml import load
 from equipoise.training import checkpoint
 from equipoise.training.loop import train
 from equipoise.training.run import CHECKPOINTS

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 import pytest
 
 from equipoise import cli
-from equipoise.config import CompareConfig, TrainConfig, load, save, to_dict
+from equipoise.config import CompareConfig, TrainConfig
 from equipoise.errors import Interrupted, UserError
+from equipoise.toml import load, save, to_dict
 from equipoise.training import checkpoint
 from equipoise.training.compare import REPORT_FILE, RESULTS_FILE, compare
 from equipoise.training.loop import train

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from equipoise.errors import UserError
+from equipoise.training import child
 from equipoise.training import compare as module
 from equipoise.training.compare import BUDGET_FILE, compare
 from equipoise.training.contenders import contenders
@@ -35,7 +36,7 @@ FLOPS = 80.4 * STEP_FLOPS
 def test_what_is_wrong_is_said_before_anything_is_written(
     comparison, tmp_path: Path, monkeypatch, change: dict, message: str
 ) -> None:
-    monkeypatch.setattr(module.subprocess, "Popen", None)  # no run starts
+    monkeypatch.setattr(child.subprocess, "Popen", None)  # no run starts
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         compare(comparison(tmp_path / "out", **change))

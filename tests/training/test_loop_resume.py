@@ -12,8 +12,8 @@ import datasets
 import pytest
 import torch
 
-from equipoise.config import save
 from equipoise.errors import UserError
+from equipoise.toml import save
 from equipoise.training.loop import train
 from equipoise.training.metrics import read
 from equipoise.training.run import CHECKPOINTS, RESULT_FILE

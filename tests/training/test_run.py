@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise.config import CompareConfig, ModelConfig, TrainConfig, dump, load
+from equipoise.config import CompareConfig, ModelConfig, TrainConfig
 from equipoise.errors import Interrupted, UserError
+from equipoise.toml import dump, load
 from equipoise.training import run
 from equipoise.training.run import (
     CONFIG_FILE,

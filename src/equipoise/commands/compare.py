@@ -11,11 +11,23 @@ Config = CompareConfig
 EXAMPLE = "equipoise compare --methods switch loss_free --minutes 4 --data my_texts/"
 
 
+def _fit(config: CompareConfig, as_json: bool) -> None:
+    """Train a grid of sizes and budgets, and hand it to ``equipoise scaling-law``."""
+    from equipoise.commands import scaling_law
+    from equipoise.training.isoflop import isoflop
+
+    file = isoflop(config)
+    scaling_law.run(scaling_law.Config(runs=str(file), out=str(Path(config.out) / "law")), as_json)
+
+
 def run(config: CompareConfig, as_json: bool) -> None:
     """Compare and print the table."""
     from equipoise.report.table import table
     from equipoise.training.compare import REPORT_FILE, compare
 
+    if config.isoflop is not None:
+        _fit(config, as_json)
+        return
     results = compare(config)
     if as_json:
         print_json(results)

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from equipoise.config import CompareConfig, RunConfig, TrainConfig, dump, to_dict
-from equipoise.errors import Interrupted, UserError
+from equipoise.config import CompareConfig, TrainConfig
+from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder
 from equipoise.report.page import plotly_script, write_page
 from equipoise.report.results import power
 from equipoise.report.table import markdown
+from equipoise.toml import to_dict
+from equipoise.training.child import finished_run
 from equipoise.training.contenders import Contender, contenders
 from equipoise.training.environment import environment
 from equipoise.training.flops import Ledger
 from equipoise.training.metrics import read
 from equipoise.training.run import (
-    RESULT_FILE,
     RUNS,
     choose_device,
     claim,
-    signals,
     wait_for,
     write,
     write_json,
@@ -47,8 +43,6 @@ REPORT_FILE = "report.html"
 TABLE_FILE = "report.md"
 CALIBRATION_STEPS = 25
 VALIDATIONS = 5  # per run, for the curve
-# On a core that others need too, OpenMP threads that spin long for each other made a step three times slower.
-SHORT_SPINS = {"GOMP_SPINCOUNT": "2000"}
 RESERVE = 0.92  # of the minutes; the rest is for runs that are slower than the one that calibrated
 FREE = {"methods", "seeds", "sweep", "baseline", "out"}  # finished runs stay, new ones join
 
@@ -76,7 +70,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         budget = _budget(folder, config, rows, text)
         steps = {name: _steps(config, row, budget["flops"], text) for name, row in rows.items()}
         runs = [
-            _run(_train_config(config, row, budget, steps[name], seed), text)
+            finished_run(_train_config(config, row, budget, steps[name], seed), text)
             | {"method": name, "notes": _notes(row, steps[name])}
             for seed in range(config.seeds)
             for name, row in rows.items()
@@ -92,7 +86,7 @@ def _refuse_unbuildable(config: CompareConfig, rows: dict[str, Contender]) -> No
     """Say what is wrong with any method and its settings before anything is read. Fails: UserError."""
     with torch.device("meta"):
         for row in rows.values():
-            Decoder(_base(config, row, row.items, seed=0, out=config.out).model, vocab_size=256)
+            Decoder(row.run(config, row.items, seed=0, out=config.out).model, vocab_size=256)
 
 
 def _budget(folder: Path, config: CompareConfig, rows: dict[str, Contender], text: Text) -> dict[str, Any]:
@@ -115,9 +109,10 @@ def _calibrate(folder: Path, config: CompareConfig, rows: dict[str, Contender], 
     shutil.rmtree(folder)  # a measurement that was cut short cannot be resumed
     start = time.perf_counter()
     row = rows[config.baseline or next(iter(rows))]
-    probe = _base(config, row, row.items, seed=0, out=str(folder))
     every = CALIBRATION_STEPS // VALIDATIONS
-    done = _run(replace(probe, steps=CALIBRATION_STEPS, flops=None, log_every=every, validate_every=every), text)
+    probe = row.run(config, row.items, seed=0, out=str(folder))
+    probe = replace(probe, steps=CALIBRATION_STEPS, flops=None, log_every=every, validate_every=every)
+    done = finished_run(probe, text)
     wall = time.perf_counter() - start
     beside = wall - done["tokens"] / done["tokens_per_second"]
     # The first interval warms up memory; of the others the median, since a passing disturbance is not the rule.
@@ -134,17 +129,14 @@ def _calibrate(folder: Path, config: CompareConfig, rows: dict[str, Contender], 
     return {"flops": float(f"{flops:.3g}"), "minutes": config.minutes, "flops_per_second": per_second}
 
 
-def _base(config: CompareConfig, row: Contender, items: tuple[str, ...], seed: int, out: str) -> TrainConfig:
-    """What all runs share, and a method with its settings."""
-    shared: dict[str, Any] = {item.name: getattr(config, item.name) for item in fields(RunConfig)}
-    model = replace(config.model, method=row.method.name, set=items)
-    return TrainConfig(**(shared | {"model": model, "seed": seed, "out": out, "tensorboard": False}))
+def run_folder(config: CompareConfig, name: str) -> Path:
+    """Where one of a comparison's runs lives."""
+    return Path(config.out) / RUNS / re.sub(r"[^\w.=+-]", "-", name)
 
 
 def _train_config(config: CompareConfig, row: Contender, budget: dict[str, Any], steps: int, seed: int) -> TrainConfig:
     """The run of one contender and seed, with what scales to its length."""
-    folder = re.sub(r"[^\w.=+-]", "-", f"{row.name}-seed{seed}")
-    run = _base(config, row, row.scaled(steps), seed, out=str(Path(config.out) / RUNS / folder))
+    run = row.run(config, row.scaled(steps), seed, out=str(run_folder(config, f"{row.name}-seed{seed}")))
     every = max(1, steps // 100)
     return replace(
         run,
@@ -158,44 +150,10 @@ def _train_config(config: CompareConfig, row: Contender, budget: dict[str, Any],
 def _steps(config: CompareConfig, row: Contender, flops: float, text: Text) -> int:
     """The steps that these FLOPs are planned to buy."""
     with torch.device("meta"):
-        run = _base(config, row, row.items, seed=0, out=config.out)
+        run = row.run(config, row.items, seed=0, out=config.out)
         model = Decoder(run.model, text.tokenizer.vocab_size)
     seq_len = config.data.seq_len
     return max(1, Ledger.of(model, seq_len).steps(flops, config.optimizer.batch_size * seq_len))
-
-
-def _run(config: TrainConfig, text: Text) -> dict[str, Any]:
-    """The result of a run, trained now if it is not there. Fails: UserError where it was trained on another text."""
-    folder = Path(config.out)
-    wait_for(folder)
-    if not (folder / RESULT_FILE).exists():
-        _train(config, folder)
-    result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    if result["text"]["digest"] != text.digest:
-        raise UserError(f"The text has changed since {folder} was trained; choose another --out, or remove the folder.")
-    return result
-
-
-def _train(config: TrainConfig, folder: Path) -> None:
-    """Train in a process of its own; a signal to us is passed on, so that it saves its state."""
-    path = folder.with_name(f"{folder.name}.toml")
-    write(path, dump(config))
-    command = [sys.executable, "-m", "equipoise", "train", "--config", str(path)]
-    with signals() as received:
-        # A process group of its own: Ctrl-C reaches us alone, and we pass it on once.
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, process_group=0, env=SHORT_SPINS | os.environ)
-        while process.poll() is None and not received:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.2)
-        if received:
-            process.send_signal(received[0])
-            process.wait()
-            raise Interrupted(received[0], folder)
-    if process.returncode:
-        raise UserError(
-            f"The run of {config.model.method}, seed {config.seed}, stopped with exit code {process.returncode} (its "
-            "message is above); finished runs are kept, and the same command goes on from here."
-        )
 
 
 def _results(

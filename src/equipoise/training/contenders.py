@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from equipoise.building import Method
-from equipoise.config import CompareConfig
+from equipoise.config import CompareConfig, RunConfig, TrainConfig
 from equipoise.errors import UserError, require
 from equipoise.methods import find
 from equipoise.nearest import nearest
@@ -34,6 +35,12 @@ class Contender:
         if self.scales_bias:
             return (*self.items, f"bias.rate={bias_rate(steps):.2g}")
         return self.items
+
+    def run(self, config: CompareConfig, items: tuple[str, ...], seed: int, out: str) -> TrainConfig:
+        """What all runs of a comparison share, with this method and these settings."""
+        shared: dict[str, Any] = {item.name: getattr(config, item.name) for item in fields(RunConfig)}
+        model = replace(config.model, method=self.method.name, set=items)
+        return TrainConfig(**(shared | {"model": model, "seed": seed, "out": out, "tensorboard": False}))
 
     @property
     def scales_bias(self) -> bool:

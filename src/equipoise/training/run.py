@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from equipoise.config import RunConfig, TrainConfig, dump, load, to_dict
+from equipoise.config import RunConfig, TrainConfig
 from equipoise.errors import Interrupted, UserError
+from equipoise.toml import dump, load, to_dict
 
 CONFIG_FILE = "config.toml"
 RESULT_FILE = "result.json"

@@ -8,10 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 
-from equipoise.config import TrainConfig, load
+from equipoise.config import TrainConfig
 from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder
 from equipoise.models.generation import generate
+from equipoise.toml import load
 from equipoise.training import tokenizer
 from equipoise.training.loop import WEIGHTS_FILE
 from equipoise.training.run import CONFIG_FILE
