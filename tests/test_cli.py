@@ -56,7 +56,7 @@ def test_every_command_explains_itself_with_an_example_and_knows_its_flags(comma
     assert summary in shown
     assert module.EXAMPLE in shown
     assert "--json" in shown
-    positional = ("--run", "--name", "--trace", "--requests")
+    positional = ("--run", "--runs", "--name", "--trace", "--requests")
     assert all(flag in shown for flag in cli._flags(module.Config) if flag not in positional)
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from equipoise.placement.solve import place
     from equipoise.routing.denoising import denoising
     from equipoise.routing.override import forced_balance, override, replay
+    from equipoise.scaling.fit import fit_scaling_law
+    from equipoise.simulator.simulation import simulate
     from equipoise.soft_moe import SoftMoE
 
 __version__ = "0.1.0"
@@ -33,9 +35,11 @@ _HOMES = {
     "equipoise.moe": ("MoE",),
     "equipoise.routing.denoising": ("denoising",),
     "equipoise.routing.override": ("forced_balance", "override", "replay"),
+    "equipoise.scaling.fit": ("fit_scaling_law",),
+    "equipoise.simulator.simulation": ("simulate",),
     "equipoise.soft_moe": ("SoftMoE",),
 }
-_PACKAGES = {"parallel", "serving"}
+_PACKAGES = {"parallel", "scaling", "serving", "simulator"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
@@ -51,12 +55,14 @@ __all__ = [
     "UserError",
     "attach",
     "denoising",
+    "fit_scaling_law",
     "forced_balance",
     "load_stats",
     "override",
     "place",
     "replay",
     "share_experts",
+    "simulate",
 ]
 
 

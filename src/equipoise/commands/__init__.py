@@ -12,7 +12,9 @@ COMMANDS = {
     "train": ("train", "Train one decoder; started again, it resumes. Under torchrun, on many ranks."),
     "generate": ("generate", "Let a trained model continue a text."),
     "methods": ("methods", "List the balancing methods, or explain one."),
+    "scaling-law": ("scaling_law", "Fit a scaling law to finished runs: the best model for a budget, with intervals."),
     "place": ("place", "Decide which devices hold which experts."),
+    "simulate": ("simulate", "Simulate what policies of expert parallelism would cost on a cluster."),
     "replay-requests": ("replay_requests", "Compare policies that send requests to replicas, on simulated replicas."),
 }
 

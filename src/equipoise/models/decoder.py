@@ -215,6 +215,8 @@ def _initialise(model: nn.Module, seed: int, residual_scale: float) -> None:
         if not isinstance(module, nn.Linear | nn.Embedding | Router | SwiGLU):
             continue
         for leaf, weight in module.named_parameters(prefix=name, recurse=False):
+            if weight.is_meta:
+                continue  # of a model that only tells its sizes
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {leaf}".encode()))
             draw = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
             writes_residual = not {"out", "down"}.isdisjoint(leaf.split("."))

@@ -8,7 +8,7 @@ parallelism a "rank" is the group of ranks that share one expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -146,6 +146,7 @@ class Plan:
             require(not strangers, f"Ranks {sorted(strangers)} compute expert {expert} without its weights.")
 
 
+@runtime_checkable
 class Planner(Protocol):
     """Makes plans; two ranks that give it the same loads get the same plan.
 
