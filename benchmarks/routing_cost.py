@@ -1,5 +1,6 @@
 """What each method's routing costs beyond plain top-k, as a share of the whole layer's forward and backward pass."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,34 @@ def routing(rounds: int) -> dict[str, Any]:
         extra = [ours - plain for ours, plain in zip(seconds["method"], seconds["plain"])]
         found[method] = {"share_of_layer": ratio(extra, seconds["layer"]), "seconds": seconds}
     return {"sizes": ROUTING | {"tokens": ROUTING_TOKENS}, "methods": found}
+
+
+def page(found: dict[str, Any]) -> str:
+    """The result as docs/evidence/routing_cost.md."""
+    result, where = found["result"], found["environment"]
+    sizes = ", ".join(f"{name}={size}" for name, size in result["sizes"].items())
+    lines = [
+        "# What routing costs",
+        "",
+        "Time of each method's routing beyond plain top-k (scores, choice, losses, statistics, their backward pass and",
+        "the update of the state), as a share of the whole layer's forward and backward pass. Method, plain top-k and",
+        "layer take turns in one process; the share is taken pair by pair. Plain top-k against itself (`unbalanced`)",
+        "shows what a true share of 0 looks like here. Made by",
+        "",
+        "    python benchmarks/run.py routing",
+        "",
+        f"at {sizes}, fp32, on {where['threads']} thread of {where['cpu']}, torch {where['torch']},",
+        f"{where['date']}, commit {(where['commit'] or '')[:10]}.",
+        "",
+        "| method | share of the layer, median | quartiles | routing, ms | plain top-k, ms | layer, ms |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, case in result["methods"].items():
+        share, times = case["share_of_layer"], case["seconds"]
+        ms = [f"{1000 * statistics.median(times[each]):.1f}" for each in ("method", "plain", "layer")]
+        quartiles = f"{share['quartile_1']:.1%} to {share['quartile_3']:.1%}"
+        lines.append(f"| `{name}` | {share['median']:.1%} | {quartiles} | {' | '.join(ms)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _step(method: str, experts: bool = False) -> Callable[[], None]:

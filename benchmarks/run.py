@@ -14,6 +14,7 @@ import torch
 
 from equipoise.training.environment import environment
 
+ROUTING_PAGE = Path(__file__).parents[1] / "docs/evidence/routing_cost.md"
 BENCHMARKS = {"step": step.against_transformers, "bookkeeping": step.bookkeeping, "routing": routing_cost.routing}
 
 
@@ -36,6 +37,8 @@ def main() -> None:
         device = found["environment"]["device"].lower().replace(" ", "-")
         path = options.out / f"{name}-{device}-{options.threads}threads.json"
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if name == "routing":
+            ROUTING_PAGE.write_text(routing_cost.page(found), encoding="utf-8")
         print(json.dumps({name: _without_samples(found["result"])}, indent=1))
 
 

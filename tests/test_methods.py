@@ -1,6 +1,7 @@
 import inspect
 import re
 
+import jaxtyping
 import pytest
 from torch import nn
 
@@ -174,3 +175,33 @@ def test_an_ambiguous_setting_asks_for_the_part():
 def test_one_setting_given_twice_is_refused():
     with pytest.raises(UserError, match=r"bias\.rate.*twice"):
         MoE(**SIZES, method="loss_free", **{"rate": 0.5, "bias.rate": 0.25})
+
+
+@pytest.mark.parametrize("name", ["quantile", "bip"])
+def test_cutoffs_over_all_experts_refuse_a_limit_to_groups(name):
+    """Their price is right for a token that may take any expert: with groups, loads settle uneven."""
+    sizes = SIZES | {"num_experts": 12, "top_k": 4}
+    with pytest.raises(UserError, match=f"{name} .*groups.*loss_free"):
+        MoE(**sizes, method=name, groups=4, kept_groups=2)
+    assert MoE(**sizes, method=name, groups=4, kept_groups=4).selector.groups == 4
+    assert MoE(**sizes, method="loss_free", groups=4, kept_groups=2).selector.kept_groups == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"z_loss": "a"}, "z_loss='a' must be a number"),
+        ({"z_loss": True}, "z_loss=True must be a number"),
+        ({"z_loss": None}, "z_loss=None must be a number"),
+        ({"method": None}, "method=None must be a name, such as 'global_batch'"),
+        ({"method": 5}, "method=5 must be a name"),
+        ({"num_experts": True}, "num_experts=True is impossible"),
+        ({"shared_experts": False}, "shared_experts=False is impossible"),
+        ({"method": "loss_free", "rate": 10**400}, r"bias\.rate is too large"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused_in_one_sentence(monkeypatch, given, words):
+    """Without the checks of annotations, which only tests have: what a user meets."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match=words):
+        MoE(**SIZES | given)

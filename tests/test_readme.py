@@ -7,18 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from equipoise.config import CompareConfig
+from equipoise.scaling import Surface, grid_of
 from equipoise.toml import load
 
 ROOT = Path(__file__).parent.parent
 MODEL = "--dim 16 --num-heads 2 --num-layers 1 --hidden-dim 16 --num-experts 4 --seq-len 16 --batch-size 4"
+TORCH_FREE = ["scaling-law", "place", "simulate", "replay-requests"]
 SMALL = {
     "compare": f"{MODEL} --validation-tokens 256 --flops 2e7 --seeds 1 --threads 1",
     "train": f"{MODEL} --validation-tokens 256 --steps 3 --threads 1",
     "generate": "--tokens 5",
     "methods": "",
+    "scaling-law": "--bootstraps 20",
+    "place": "",
+    "simulate": "",
+    "replay-requests": "--num-requests 200",
 }
 
 
@@ -54,6 +61,10 @@ def test_equipoise_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> No
             f"{domain} {number}: {number * 7919 % 1009} tokens went to {number % 13} experts" for number in range(999)
         ]
         (folder / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    np.save(tmp_path / "loads.npy", np.random.default_rng(0).integers(1, 100, (3, 16)))
+    grid = grid_of(Surface(1.69, 406.4, 410.7, 0.34, 0.28), [1e15, 1e16, 1e17], points=5, width=4.0)
+    rows = "".join(f"{n},{d},{value}\n" for n, d, value in zip(grid.params, grid.tokens, grid.loss))
+    (tmp_path / "runs.csv").write_text(f"params,tokens,loss\n{rows}")
     seen = []
     for command in commands():
         words = shlex.split(command)
@@ -63,7 +74,7 @@ def test_equipoise_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> No
         done = run(shrink(words, SMALL[verb]), tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         seen.append(verb)
-    assert seen == ["compare", "train", "train", "generate", "compare", "methods"]
+    assert seen == ["compare", "train", "train", "generate", "compare", "methods", *TORCH_FREE]
     assert (tmp_path / "runs/mine/report.html").stat().st_size > 1_000_000
 
 

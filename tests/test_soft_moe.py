@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -126,6 +127,35 @@ def test_mixtures_are_fp32_under_autocast_and_in_bfloat16():
         torch.testing.assert_close(moe(x).float(), moe.float()(x).float(), rtol=0.05, atol=0.05)
     assert moe.bfloat16().mixtures(x.bfloat16(), None)[0].dtype == torch.float32
     assert moe(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def unchecked():
+    """Without the checks of annotations, which only tests have: what a user meets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "words"),
+    [
+        (torch.zeros(2, 4, 6), None, r"\[\.\.\., S, 7\], not torch.float32 \[2, 4, 6\]"),
+        (torch.zeros(7), None, r"not torch.float32 \[7\]"),
+        (torch.zeros(4, 7, dtype=torch.int64), None, "floating-point tokens.*not torch.int64"),
+        (torch.zeros(2, 4, 7), torch.ones(4, 2, dtype=torch.bool), r"mask must be bool \[2, 4\].*\[4, 2\]"),
+        (torch.zeros(2, 4, 7), torch.ones(2, 4), "mask must be bool.*not torch.float32"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_input_is_refused(x, mask, words):
+    with pytest.raises(UserError, match=words):
+        layer().float()(x, mask)
+
+
+def test_no_parameter_is_a_scalar():
+    """FSDP2 could not shard it."""
+    assert all(parameter.dim() for parameter in layer().parameters())
 
 
 @pytest.mark.parametrize(

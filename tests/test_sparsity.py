@@ -1,5 +1,8 @@
 """K by step: what a schedule says, what a layer and a budget make of it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -68,6 +71,20 @@ def test_a_layer_changes_k_with_the_steps_and_after_loading():
     layer.load_state_dict(before)
     layer(torch.randn(3, 7))
     assert layer.routing.load_E.sum() == 12
+
+
+def test_a_forward_does_not_read_the_step():
+    """On a GPU it would wait there; on "meta" there is nothing to read."""
+    layer = MoE(**SIZES, top_k={0: 4, 2: 1}).to("meta")
+    assert layer(torch.zeros(11, 7, device="meta")).shape == (11, 7)
+
+
+def test_a_copy_follows_what_it_loads():
+    layer = MoE(**SIZES, top_k={0: 4, 2: 1})
+    later = layer.state_dict() | {"step": torch.tensor(2)}
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.nn.ModuleList([copied]).load_state_dict({f"0.{name}": value for name, value in later.items()})
+        assert (copied.top_k, layer.top_k) == (1, 4)
 
 
 def test_the_ledger_integrates_the_schedule():

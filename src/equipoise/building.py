@@ -1,6 +1,7 @@
 """From a method's name to its parts: every part's settings are the keyword-only arguments of its constructor."""
 
 import inspect
+import sys
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from equipoise.nearest import nearest
 from equipoise.routing import SCORERS, SELECTORS
 from equipoise.routing.scorer import Scorer
 from equipoise.routing.selector import Selector
+from equipoise.routing.top_k import TopK
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def build(
         settings: by ``"part.setting"``, or by ``"setting"`` where only one part has it.
     Returns:
         Scorer, selector, balancers by name, and all settings as resolved, by ``"part.setting"``.
-    Fails: UserError for a setting that no part has, or that several have.
+    Fails: UserError for a setting that no part has, or that several have, or of a wrong kind, and for a balancer that
+        cannot balance what the selector chooses.
     """
     parts = method.parts
     known = {f"{name}.{key}": default for name, part in parts.items() for key, default in _settings_of(part).items()}
@@ -101,11 +104,26 @@ def build(
         f"{name}.{key}": hint for name, part in parts.items() for key, hint in get_type_hints(part.__init__).items()
     }
     for name, value in given:
+        require(not _too_large(value), f"{name} is too large for a floating-point number; give a smaller one.")
         require(_fits(value, hints[name]), f"{name}={value!r} must be {_words(hints[name])}.")
     own = {name: {key: resolved[f"{name}.{key}"] for key in _settings_of(part)} for name, part in parts.items()}
     selector = parts.pop(method.selector)(num_experts, **own[method.selector])
     made = {name: part(num_experts + selector.nulls, **own[name]) for name, part in parts.items()}
-    return made.pop(method.scorer), selector, nn.ModuleDict(made), resolved
+    scorer, balancers = made.pop(method.scorer), nn.ModuleDict(made)
+    _refuse_groups(selector, balancers)
+    return scorer, selector, balancers, resolved
+
+
+def _refuse_groups(selector: Selector, balancers: nn.ModuleDict) -> None:
+    """Fails: UserError where a token may take experts of a few groups only, which a balancer does not see."""
+    if not isinstance(selector, TopK) or selector.kept_groups == selector.groups:
+        return
+    for name, balancer in balancers.items():
+        require(
+            bool(balancer.takes_groups),
+            f"{name} finds its cutoffs over all experts and settles uneven with top_k.groups; leave groups out, or "
+            "take a method that counts loads, such as loss_free.",
+        )
 
 
 def _settings_of(part: type) -> dict[str, Any]:
@@ -121,6 +139,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     return type(value) is hint
+
+
+def _too_large(value: Any) -> bool:
+    """Whether this whole number has no counterpart in floating point."""
+    return isinstance(value, int) and abs(value) > sys.float_info.max
 
 
 def _words(hint: Any) -> str:

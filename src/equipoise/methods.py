@@ -235,7 +235,7 @@ METHODS = {
             use="you want no loss, and experts that each see all kinds of tokens now and then",
             avoid="every step must be even, or no training token may see a later one",
             selector="selective_sinkhorn",
-            inferred="The coin per step and layer, no gradient through the plan, noise, xi and the bounds of the loop.",
+            inferred="The coin per step and layer, no gradient through the plan, noise, cost, xi, the loop's bounds.",
         ),
         Method(
             "sinkhorn",

@@ -50,6 +50,8 @@ class MoE(BalancedLayer):
         kernel: str = "auto",
         **settings: Any,
     ):
+        require(isinstance(method, str), f"method={method!r} must be a name, such as 'global_batch'.")
+        require(type(z_loss) in (int, float), f"z_loss={z_loss!r} must be a number of at least 0.")
         _check(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, shared_experts=shared_experts)
         scorer, selector, balancers, resolved = build(find(method), num_experts, settings)
         if z_loss:
@@ -91,7 +93,7 @@ class MoE(BalancedLayer):
         tokens = call.x_TD.view(x.shape)
         y = self.experts(tokens, routing)
         if self.selector.identity:
-            y = y + identity(tokens, routing, self.num_experts)
+            y = y + identity(tokens, routing, self.num_experts).to(y.dtype)  # which autocast may have chosen
         if self.shared is not None:
             y = y + self.shared(tokens)
         self.routing = routing.detach()
@@ -102,6 +104,6 @@ def _check(**sizes: int) -> None:
     for name, size in sizes.items():
         least = 0 if name == "shared_experts" else 1
         require(
-            isinstance(size, int) and size >= least,
+            type(size) is int and size >= least,
             f"{name}={size!r} is impossible; give a whole number, {least} or more.",
         )

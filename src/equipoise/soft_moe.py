@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from equipoise.balancing.balanced import refuse_wrong_input
 from equipoise.contracts import Routing
 from equipoise.errors import UserError, require
 from equipoise.experts.swiglu import SwiGLU
@@ -34,10 +35,10 @@ class SoftMoE(nn.Module):
 
     Attributes:
         phi: ``[D, E*p]``, one column per slot, an expert's slots side by side.
-        scale: 0-d, learned, 1 at first; None without ``normalize``.
+        scale: ``[1]`` (FSDP2 shards no scalars), learned, 1 at first; None without ``normalize``.
         experts: the routed experts.
 
-    Fails: UserError for impossible sizes, an unknown evaluation or kernel, and where evaluation is refused.
+    Fails: UserError for impossible sizes, an unknown evaluation or kernel.
     Source: Puigcerver et al. 2023 (2308.00951), its dispatch, combine and normalisation. Differs: experts are SwiGLU
     without biases; padding is in no mixture, and is answered with zeros.
     """
@@ -62,7 +63,7 @@ class SoftMoE(nn.Module):
         require(evaluation in EVALUATIONS, f"evaluation={evaluation!r} is unknown; choose 'refuse' or 'as_trained'.")
         self.num_experts, self.slots_per_expert, self.evaluation = num_experts, slots_per_expert, evaluation
         self.phi = nn.Parameter(torch.empty(dim, num_experts * slots_per_expert).normal_(std=dim**-0.5))
-        self.scale = nn.Parameter(torch.ones(())) if normalize else None
+        self.scale = nn.Parameter(torch.ones(1)) if normalize else None
         self.experts = SwiGLU(dim, hidden_dim, num_experts, kernel)
 
     def forward(
@@ -75,7 +76,9 @@ class SoftMoE(nn.Module):
             mask: ``[..., S]``, True for a real token.
         Returns:
             ``[..., S, D]``.
+        Fails: UserError for a wrong width or mask, and where evaluation is refused.
         """
+        refuse_wrong_input(x, mask, len(self.phi), "..., S")
         if not self.training and self.evaluation == "refuse":
             raise UserError(
                 "SoftMoE mixes all tokens of a sequence, so evaluating it left to right would be wrong; "

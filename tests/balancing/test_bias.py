@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,6 +36,25 @@ def test_every_bias_steps_by_the_rate_against_its_excess_load(rate):
     assert updated([9, 3, 6, 6, 6], rate).tolist() == [-step, step, 0, 0, 0]
     assert updated([1, 0, 0], rate).tolist() == [-step, step, step]
     assert updated([0, 0, 0], rate).tolist() == [0, 0, 0]
+
+
+def test_it_is_algorithm_1_of_the_paper():
+    """In plain loops: the K best of s + b get the gate s, loads are counted, b moves by u sign(mean load - load)."""
+    balancer, selector, bias, rate, k = Bias(5, rate=2**-6), TopK(5, renormalize=False), [0.0] * 5, 2**-6, 2
+    offset_E = torch.randn(5).double()
+    for logit_TE in torch.randn(11, 23, 5).double() + offset_E:
+        score_TE = logit_TE.sigmoid()
+        expected_TE, load = torch.zeros(23, 5).double(), [0] * 5
+        for t, score in enumerate(score_TE.tolist()):
+            for e in sorted(range(5), key=lambda e, score=score: -(score[e] + bias[e]))[:k]:
+                expected_TE[t, e], load[e] = score[e], load[e] + 1
+        call, scores = call_of(score_TE, k), scores_of(score_TE)
+        routing = selector(call, replace(balancer.adjust(call, scores), gate_TE=score_TE))
+        assert torch.equal(dense(routing, 23)[0], expected_TE)
+        balancer.update(balancer.statistics(call, scores, routing))
+        bias = [b + rate * ((sum(load) > 5 * c) - (sum(load) < 5 * c)) for b, c in zip(bias, load)]
+        assert balancer.bias_E.tolist() == bias
+    assert max(bias) - min(bias) > 10 * rate
 
 
 def test_linear_and_rms_steps_by_hand():

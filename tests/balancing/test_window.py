@@ -56,6 +56,15 @@ def test_sums_add_up_in_their_own_kind():
     assert window.sums["calls"].item() == 2
 
 
+def test_its_sums_are_read_without_a_wait():
+    """A graph would show the copy of the host's number, which a device waits for."""
+    window = window_of()
+    record(window, {}, COUNTS)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda: window.sums["calls"])()
+    assert "lift_fresh" not in graph.code
+    assert graph().item() == 1
+
+
 def test_a_cleared_window_holds_nothing():
     window = window_of()
     assert window.sums == {}

@@ -3,7 +3,8 @@
 from typing import Any
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "selective_sinkhorn": {"probability": 1.0, "grad": "unroll"},  # else the laws would hardly see a plan
+    # Else the laws would hardly see a plan. Its tolerance is in tokens, so that a larger batch would stop later.
+    "selective_sinkhorn": {"probability": 1.0, "grad": "unroll", "tolerance": 0.0},
     "sparse_transport": {"evaluation": "top_k", "multiple": 1},
 }
 PER_CALL = {
@@ -27,13 +28,17 @@ EXEMPTIONS: dict[tuple[str, str], str] = {
     },
     **{
         (method, law): reason
-        for method, reason in (("sinkhorn", PLANNED), ("sparse_transport", EVEN), ("base", EVEN))
+        for method, reason in (
+            ("sinkhorn", PLANNED),
+            ("sparse_transport", EVEN),
+            ("base", EVEN),
+            ("selective_sinkhorn", PLANNED),
+        )
         for law in (
             "test_losses.test_mirrored_layers_score_badly",
             "test_state.test_all_tokens_to_one_expert",
         )
     },
-    ("selective_sinkhorn", "test_losses.test_mirrored_layers_score_badly"): PLANNED,
     (
         "selective_sinkhorn",
         "test_symmetry.test_weights_ignore_the_selection_state",

@@ -54,3 +54,17 @@ def test_awkward_scores(name, k):
 
 def test_no_tokens_get_nothing():
     assert assign(np.zeros((0, 5)), 2).shape == (0, 5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_and_never_searched(bad):
+    score = np.zeros((32, 8))
+    score[5, 3] = bad
+    with pytest.raises(AssertionError):
+        assign(score, 2)
+
+
+def test_no_finite_score_is_too_large():
+    score = np.random.default_rng(0).standard_normal((32, 8))
+    large = score * (1.7e308 / np.abs(score).max())
+    assert (assign(large, 2) == assign(score, 2)).all()

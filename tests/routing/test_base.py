@@ -58,3 +58,11 @@ def test_a_layer_trains_with_equal_loads():
     assert layer.router.weight.grad.abs().amax(1).min() > 0
     layer.eval()(x)
     assert layer.routing.load_E.max() > 10
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_still_find_an_end(bad):
+    """Compiled, and on a GPU, nobody refuses them before; the layer's ``logit_total`` tells."""
+    logit_TE = torch.randn(32, 8)
+    logit_TE[5] = bad
+    assert Base(8)(call_of(logit_TE, 2), scored(logit_TE)).load_E.tolist() == [8] * 8

@@ -111,7 +111,8 @@ def test_it_starts_from_different_directions_of_length_one():
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("temperature", 0.0), ("temperature", -1.0), ("ema", 1.0), ("ema", -0.1)]
+    ("setting", "value"),
+    [("temperature", 0.0), ("temperature", -1.0), ("temperature", float("inf")), ("ema", 1.0), ("ema", -0.1)],
 )
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(UserError, match=f"centroid.{setting}"):

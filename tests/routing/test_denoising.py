@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +44,16 @@ def test_start_middle_and_end(schedule, ends):
     k_B = experts_by_ratio(torch.tensor([0.0, 0.5, 1.0]), schedule, 8, 32, 0.22)
     assert tuple(k_B.tolist()) == ends
     assert schedule in SCHEDULES
+
+
+def test_the_widest_and_the_narrowest_bell():
+    """A parabola, also in fp32, and a spike."""
+    ratio_B = torch.linspace(0, 1, 101)
+    parabola_B = (8 + 24 * (1 - 4 * (ratio_B.double() - 0.5) ** 2)).round().long()
+    assert torch.equal(experts_by_ratio(ratio_B, "gaussian", 8, 32, 999.0), parabola_B)
+    spike_B = torch.full_like(parabola_B, 8)
+    spike_B[50] = 32
+    assert torch.equal(experts_by_ratio(ratio_B, "gaussian", 8, 32, 1e-3), spike_B)
 
 
 def test_k_is_monotone_in_the_ratio():
@@ -127,6 +138,40 @@ def test_blocks_nest_and_end_with_errors():
     assert moe.ratio_B is None
 
 
+@pytest.fixture
+def unchecked():
+    """Without the checks of annotations, which only tests have: what a user meets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    "ratio_B",
+    [
+        0.5,
+        [0.5],
+        torch.tensor([1, 0]),
+        torch.tensor(0.5),
+        torch.zeros(1, 3),
+        torch.tensor([0.5, 1.01]),
+        torch.tensor([-0.1, 0.5]),
+        torch.tensor([0.5, float("nan")]),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_are_no_ratios_is_refused(ratio_B):
+    with pytest.raises(UserError, match="ratio"), denoising(layer(), ratio_B):
+        pass
+
+
+def test_ratios_may_come_from_another_device():
+    """Such as the CPU; "meta" stands for a GPU here."""
+    moe = layer().to("meta")
+    with denoising(moe, torch.tensor([0.0, 0.5, 1.0])):
+        assert moe(torch.zeros(3, 10, 7, dtype=torch.float64, device="meta")).shape == (3, 10, 7)
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(UserError, match="no MoE layer"), denoising(torch.nn.Linear(2, 2), torch.zeros(1)):
         pass
@@ -141,7 +186,12 @@ def test_a_model_without_layers_is_refused():
         ({"k_max": 6}, "num_experts=5"),
         ({"per": "call"}, "per='sequence'"),
         ({"schedule": None}, "for a schedule"),
-        ({"sigma": 0.0}, "sigma"),
+        ({"sigma": 0.0, "schedule": "gaussian"}, "sigma=0.0 .* 0.001"),
+        ({"sigma": 9e-4, "schedule": "gaussian_reverse"}, "sigma=0.0009 "),
+        ({"sigma": 1e3, "schedule": "gaussian"}, "sigma=1000.0 "),
+        ({"sigma": float("nan"), "schedule": "gaussian"}, "sigma=nan "),
+        ({"sigma": 0.3}, "sigma is for the Gaussian schedules"),
+        ({"sigma": 0.3, "schedule": None, "k_min": None, "k_max": None}, "sigma is for the Gaussian schedules"),
         ({"per": "batch"}, "'call' or 'sequence'"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.errors import UserError
+from equipoise import MoE, UserError
 from equipoise.routing.expert_choice import ExpertChoice
 from equipoise.routing.top_k import TopK
 from hand_made import call_of, check_order, dense, scores_of
@@ -122,6 +122,15 @@ def by_sequence(score_TE, k, mask_T, length):
         mask = None if mask_T is None else mask_T[start : start + length]
         found |= {(start + t, e) for t, e in taken_by_loop(score_TE[start : start + length], k, mask)}
     return found
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_sequences_have_no_rows(masked):
+    layer = MoE(dim=7, hidden_dim=3, num_experts=5, top_k=2, method="expert_choice", per="sequence", kernel="loop")
+    for shape in ((0, 4), (3, 0)):
+        mask = torch.ones(*shape, dtype=torch.bool) if masked else None
+        assert layer(torch.zeros(*shape, 7), mask).shape == (*shape, 7)
+        assert layer.routing.load_E.tolist() == [0] * 5
 
 
 @few

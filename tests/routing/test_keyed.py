@@ -2,7 +2,7 @@
 
 import torch
 
-from equipoise.routing.keyed import new_key, normal, uniform
+from equipoise.routing.keyed import _mix, new_key, normal, uniform
 
 KEY, STEP = torch.tensor(12345), torch.tensor(7)
 
@@ -59,5 +59,21 @@ def test_the_numbers_are_those_of_splitmix64():
         return x ^ (x >> 31)
 
     base = mix(mix(mix(12345) + 2) + 7)
-    expected = [((mix(place + base) >> 11) + 0.5) * 2.0**-53 for place in range(5)]
+    expected = [((mix(place + base) >> 12) + 0.5) * 2.0**-52 for place in range(5)]
     assert uniform(KEY, STEP, (5,), salt=2).tolist() == expected
+
+
+def test_the_largest_hash_stays_below_one():
+    """The step for which the first place's hash is all ones, found backwards."""
+
+    def unmix(x: int) -> int:
+        x = x ^ (x >> 31) ^ (x >> 62)
+        x = x * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
+        x = x ^ (x >> 27) ^ (x >> 54)
+        x = x * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64
+        x = x ^ (x >> 30) ^ (x >> 60)
+        return (x - 0x9E3779B97F4A7C15) % 2**64
+
+    step = (unmix(unmix(2**64 - 1)) - int(_mix(_mix(KEY)))) % 2**64
+    largest = uniform(KEY, torch.tensor(step - 2**64 if step >= 2**63 else step), (1,))
+    assert largest.tolist() == [1 - 2.0**-53]

@@ -107,6 +107,16 @@ def test_identity_nulls_answer_by_their_weight_and_teach_the_router():
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["zero", "identity"])
+def test_autocast_gives_the_type_that_experts_give(kind):
+    layer = MoE(dim=7, hidden_dim=3, num_experts=3, top_k=2, method="adamoe", kind=kind)
+    x = torch.randn(13, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
 def test_padding_takes_no_null():
     score_TE, mask_T = torch.rand(17, 9).softmax(1), torch.arange(17) % 3 > 0
     masked, alone = routed(score_TE, 2, mask_T=mask_T), routed(score_TE[mask_T], 2)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -83,7 +85,20 @@ def test_the_loop_is_bounded_and_the_plan_has_no_gradient():
     torch.testing.assert_close(gradient_TE, expected_TE)
 
 
-@pytest.mark.parametrize("settings", [{"tolerance": -1.0}, {"max_iterations": 0}])
+@pytest.mark.parametrize("settings", [{"tolerance": -1.0}, {"tolerance": math.inf}, {"max_iterations": 0}])
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match=f"sinkhorn.{next(iter(settings))}="):
         Sinkhorn(5, **settings)
+
+
+def test_a_graph_holds_one_step_and_not_the_loop():
+    """Unrolled, the loop takes a compiler a minute."""
+
+    def nodes(count):
+        def weights(logit_TE):
+            return Sinkhorn(5, max_iterations=count)(call_of(logit_TE, 2), scored(logit_TE)).weight_N
+
+        graph = torch.fx.experimental.proxy_tensor.make_fx(weights, tracing_mode="fake")(torch.rand(23, 5))
+        return len(graph.graph.nodes)
+
+    assert nodes(40) == nodes(2)

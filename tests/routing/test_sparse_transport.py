@@ -183,3 +183,16 @@ def test_planned_rows_are_what_experts_take():
 def test_impossible_settings_are_refused(settings_of):
     with pytest.raises(UserError, match=f"{next(iter(settings_of))}="):
         SparseTransport(5, **settings_of)
+
+
+def test_a_graph_holds_one_step_and_not_the_loop():
+    """Unrolled, the loop takes a compiler a minute."""
+
+    def nodes(count):
+        def weights(logit_TE):
+            return SparseTransport(5, steps=count)(call_of(logit_TE, 2), scores_of(logit_TE)).weight_N
+
+        graph = torch.fx.experimental.proxy_tensor.make_fx(weights, tracing_mode="fake")(torch.rand(23, 5))
+        return len(graph.graph.nodes)
+
+    assert nodes(40) == nodes(2)

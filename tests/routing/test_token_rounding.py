@@ -34,7 +34,7 @@ def by_loop(score_TE, k, tile, rule, mask_T=None):
         low = len(inside) // tile * tile
         high = min(-(-len(inside) // tile) * tile, len(real))
         up = {
-            "nearest": high > low and low + tile - len(inside) < len(inside) - low,
+            "nearest": high - len(inside) < len(inside) - low,
             "up": True,
             "down": False,
             "balance": abs(error + low + tile - len(inside)) < abs(error + low - len(inside)) and high > low,
@@ -158,6 +158,16 @@ def test_random_rules_round_up_as_often_as_they_should():
         mass_E[e] = mass[low : chosen_E[e]].sum() / mass[low : low + 8].sum()
     torch.testing.assert_close(shares["nearest_score"], mass_E, rtol=0, atol=0.08)
     assert (shares["nearest_score"] - shares["stochastic"]).abs().max() > 0.07
+
+
+@pytest.mark.parametrize("rule", ["nearest", "stochastic"])
+def test_the_upper_end_is_the_number_of_tokens_where_a_tile_would_pass_it(rule):
+    """95 tokens chose the first of two experts: smaller tiles of 23 end at 92 and at 115, of which 95 can be had."""
+    score_TE = torch.tensor([[0.9, 0.1]], dtype=torch.float64).repeat(95, 1)
+    selector, call = TokenRounding(2, rule=rule), call_of(score_TE, 1)
+    for step in range(20):
+        load_E = selector(replace(call, step=torch.tensor(step)), scores_of(score_TE)).load_E
+        assert load_E.tolist() == [95, 0]
 
 
 def test_a_layer_trains_and_counts_what_it_computes():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise import MoE
+from equipoise import METHODS, MoE
 from equipoise.contracts import Scores
 from equipoise.errors import UserError
 from equipoise.routing.softmax import Softmax
@@ -252,3 +252,11 @@ def test_the_gradient_reaches_kept_rows_of_real_tokens_only():
 def test_impossible_settings_are_refused(setting, words):
     with pytest.raises(UserError, match=words):
         TopK(5, **setting)
+
+
+@pytest.mark.parametrize(("capacity_factor", "ahead"), [(None, False), (1.0, True)])
+def test_a_capacity_looks_ahead(capacity_factor, ahead):
+    """Whether a full expert keeps a token depends on later ones; the plain row of the table stays causal."""
+    layer = MoE(dim=7, hidden_dim=5, num_experts=5, top_k=2, method="unbalanced", capacity_factor=capacity_factor)
+    assert layer.looks_ahead is ahead
+    assert METHODS["unbalanced"].looks_ahead is False

@@ -54,6 +54,10 @@ def test_the_step_of_a_bias_follows_the_length_of_the_run_unless_the_user_chose_
 
     assert scaled() == [(), ("bias.rate=0.019",)]
     assert scaled("bias.rate=0.5") == [(), ("bias.rate=0.5",)]
+    assert scaled("bias.rule=linear") == [(), ("bias.rule=linear",)]
+    assert scaled("bias.rule='rms'") == [(), ("bias.rule='rms'",)]
+    assert scaled("bias.rule=sign") == [(), ("bias.rule=sign", "bias.rate=0.019")]
+    assert scaled(sweep=("bias.rule=sign,rms",)) == [(), ("bias.rule=sign", "bias.rate=0.019"), ("bias.rule=rms",)]
     assert scaled(sweep=("bias.rate=1,2",)) == [(), ("bias.rate=1",), ("bias.rate=2",)]
 
 

@@ -99,6 +99,14 @@ def test_other_state_resumes_bit_for_bit(interrupted, tiny, tmp_path: Path, meth
     assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
 
 
+def test_a_changed_sparsity_resumes_bit_for_bit(interrupted, tiny, tmp_path: Path) -> None:
+    """K changes in the sixth step, before the checkpoint."""
+    model = {"sparsity": ("0:2", "5:1")}
+    train(interrupted(model=model))
+    train(tiny(tmp_path / "alone", model=model))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
+
+
 def test_what_does_not_touch_the_numbers_may_change_on_resuming(interrupted, alone: Path, tmp_path: Path) -> None:
     config = interrupted()
     train(dataclasses.replace(config, checkpoint_every=1, keep=1, log_every=1))

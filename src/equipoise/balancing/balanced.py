@@ -65,6 +65,7 @@ class BalancedLayer(nn.Module):
             self.selector.refuse(k)
         self.top_k = self.sparsity.at(0)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_follow_loaded_step)
         learns = any(isinstance(p, Stateful) or getattr(p, "needs_all_ranks", False) for p in self._parts().values())
         self.window = Window(balancers, learns)
         self.override: Hook | None = None
@@ -77,8 +78,7 @@ class BalancedLayer(nn.Module):
 
         Fails: UserError for tokens of a wrong width or type, or a mask that does not fit them.
         """
-        self._check(x, mask)
-        self._follow_sparsity()
+        refuse_wrong_input(x, mask, self.router.weight.shape[1])
         if self.training and not torch.compiler.is_compiling():
             self._note_checkpointing()
         x_TD = x.reshape(-1, x.shape[-1])
@@ -89,7 +89,7 @@ class BalancedLayer(nn.Module):
         sequence_T = torch.arange(x_TD.shape[0], device=x.device) // length
         num_sequences = x.shape[:-2].numel() if x.dim() > 2 else 1
         call = self._call(x_TD, mask_T, sequence_T, self.training)
-        return replace(call, num_sequences=num_sequences, ratio_B=self._ratios(num_sequences))
+        return replace(call, num_sequences=num_sequences, ratio_B=self._ratios(num_sequences, x.device))
 
     def choose(self, call: Call, scores: Scores) -> Routing:
         """Let the selector choose the rows, or the hook that overrides it."""
@@ -146,8 +146,13 @@ class BalancedLayer(nn.Module):
                 own = {name.partition(".")[2]: value for name, value in total.items() if name.startswith(f"{part}.")}
                 module.update(own)
         self.step += trained.to(self.step.device)
-        self._follow_sparsity()
+        self.follow_sparsity()
         self.window.last = total
+
+    def follow_sparsity(self) -> None:
+        """Take K of the present step. ``commit`` and ``load_state_dict`` do; whoever fills ``step`` in place must."""
+        if not self.sparsity.constant and not self.step.is_meta:
+            self.top_k = self.sparsity.at(int(self.step))
 
     @property
     def looks_ahead(self) -> bool:
@@ -166,11 +171,6 @@ class BalancedLayer(nn.Module):
     def _call(self, x_TD: Tensor, mask_T: Tensor | None, sequence_T: Tensor, training: bool) -> Call:
         sizes = self.top_k, self.step, self.num_experts
         return Call(x_TD, mask_T, sequence_T, *sizes, self.router, self.experts, training)
-
-    def _follow_sparsity(self) -> None:
-        """Take K of the present step; a compiled call takes that of the last plain one or ``commit``."""
-        if not self.sparsity.constant and not torch.compiler.is_compiling():
-            self.top_k = self.sparsity.at(int(self.step))
 
     def _note_checkpointing(self) -> None:
         """Refuse a checkpoint that loses its backward; forget the scale of a backward pass that failed."""
@@ -194,26 +194,36 @@ class BalancedLayer(nn.Module):
             setattr(checkpoint, name, value)
         return value
 
-    def _ratios(self, num_sequences: int) -> Tensor | None:
+    def _ratios(self, num_sequences: int, device: torch.device) -> Tensor | None:
         """The ratios of this forward's sequences. Fails: UserError where they are another number."""
         ratio_B = self._held("ratio_B")
         if ratio_B is not None and tuple(ratio_B.shape) != (num_sequences,):
             shape = list(ratio_B.shape)
             raise UserError(f"denoising was given ratios {shape} for {num_sequences} sequences; give one for each.")
-        return ratio_B
-
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        dim = self.router.weight.shape[1]
-        if x.dim() == 0 or x.shape[-1] != dim or not x.is_floating_point():
-            raise UserError(f"The layer takes floating-point tokens [..., {dim}], not {x.dtype} {list(x.shape)}.")
-        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-            raise UserError(
-                f"mask must be bool {list(x.shape[:-1])}, True for a real token, not {mask.dtype} {list(mask.shape)}."
-            )
+        return None if ratio_B is None else ratio_B.to(device)
 
     def _parts(self) -> dict[str, Any]:
         parts = {"router": self.router, "scorer": self.scorer, "selector": self.selector}
         return parts | dict(self.balancers.items())
+
+
+def _follow_loaded_step(layer: BalancedLayer, keys: Any) -> None:
+    layer.follow_sparsity()
+
+
+def refuse_wrong_input(x: Tensor, mask: Tensor | None, dim: int, axes: str = "...") -> None:
+    """Stop at what is no input of a layer of width ``dim``.
+
+    Args:
+        axes: what stands before the width: ``"..."``, or ``"..., S"`` where tokens come in sequences.
+    Fails: UserError for tokens of a wrong width or type, or a mask that does not fit them.
+    """
+    if x.dim() < len(axes.split(",")) or x.shape[-1:] != (dim,) or not x.is_floating_point():
+        raise UserError(f"The layer takes floating-point tokens [{axes}, {dim}], not {x.dtype} {list(x.shape)}.")
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+        raise UserError(
+            f"mask must be bool {list(x.shape[:-1])}, True for a real token, not {mask.dtype} {list(mask.shape)}."
+        )
 
 
 def balanced_layers(model: nn.Module) -> dict[str, BalancedLayer]:

@@ -19,10 +19,12 @@ class Balancer(nn.Module):
         weight: of the loss in what is trained on.
         across_layers: the state is one for all layers of a model; ``update`` then gets the statistics of all layers,
             and their number as ``"layers"``.
+        takes_groups: it balances where a token may take experts of a few groups only (``top_k.kept_groups``), too.
     """
 
     weight: float = 0.0
     across_layers: bool = False
+    takes_groups: bool = True
 
     def adjust(self, call: Call, scores: Scores) -> Scores:
         """The scores with another ``choice``."""

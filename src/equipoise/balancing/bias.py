@@ -31,7 +31,8 @@ class Bias(SelectionBias):
         rate: the step; tied to the scale of the scores (sigmoid scores lie in [0, 1]).
         rule: ``"sign"``, ``"linear"`` or ``"rms"``: what the direction is.
         schedule: ``"constant"``, ``"inverse_sqrt"`` or ``"inverse"``: by which power of n the step shrinks.
-        centre: take the mean off every step, so that biases stay near 0; it changes no choice.
+        centre: take the mean off every step, so that biases stay near 0; it changes no choice, and nothing at all with
+            ``"linear"`` and ``"rms"``, whose steps have no mean.
         alarm: warn once, when readings are read, where two biases lie this far apart; 0 never warns. At 1 a sigmoid
             score, which spans 1, decides no more between these two.
 
@@ -97,8 +98,9 @@ class Bias(SelectionBias):
     def readings(self) -> dict[str, Tensor]:
         """``spread``: largest bias less smallest; ``overshoots``, of all steps so far; ``dual``: D over the tokens.
 
-        The dual is that of the last step's rows under the bias that routed them, without those a capacity dropped;
-        there is none before the first step, and with the rule ``"sign"``.
+        The dual is that of the last step's rows under the bias that routed them, without those a capacity dropped. With
+        groups or an override these rows are not each token's K best, and the reading is their sum, not D.
+        There is none before the first step, and with the rule ``"sign"``.
         """
         spread = self.bias_E.max() - self.bias_E.min()
         if self.alarm and not self.warned and spread >= self.alarm:

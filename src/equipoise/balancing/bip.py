@@ -35,12 +35,15 @@ class BIP(SelectionBias):
             model learns from the future. Evaluation routes by the last step's q in both.
         bins: of the histogram.
 
-    Fails: UserError for settings out of range.
+    Fails: UserError for settings out of range; of the layer, beside a limit to groups of experts: cutoffs are those of
+    all experts, and loads would settle uneven.
     Source: Sun 2025 (2502.15451), read second-hand: the program, its dual and the turns; ``"paper"`` is its order.
     Differs: quantiles to a bin's width; q moves once per optimizer step, also with ``"paper"``, by one turn more than
     routed. INFERRED: softmax scores, the number of turns, the frozen q in evaluation, sums over ranks, and that only
     real tokens count.
     """
+
+    takes_groups = False
 
     def __init__(self, num_experts: int, *, iterations: int = 4, order: str = "old_dual", bins: int = 1000):
         super().__init__(num_experts)

@@ -28,12 +28,16 @@ class Quantile(SelectionBias):
         cutoff: ``"lower"`` is the (K+1)-th score, best for one update per step; ``"mid"`` lies halfway to the K-th, for
             updates iterated on the same scores, which ``"lower"`` may let stall short of balance.
 
+    Fails: UserError for settings out of range; of the layer, beside a limit to groups of experts: cutoffs are those of
+    all experts, and loads would settle uneven.
     Source: Su 2026 and Kimi K3 as reported second-hand: the old bias routes, one update follows, centred; histogram of
     the required bias over [min bias - 1, max bias + 1] with interpolation inside the crossing bin. Differs: where the
     target is a whole number, the quantile is the next order statistic, as the (K+1)-th is on the tokens' side.
     ``cutoff="mid"`` is ours. INFERRED, since the primary text was not readable: with padding the target counts real
     tokens only.
     """
+
+    takes_groups = False
 
     def __init__(self, num_experts: int, *, bins: int = 1000, ema: float = 0.0, cutoff: str = "lower"):
         super().__init__(num_experts)

@@ -70,7 +70,7 @@ class Window:
         losses, *layouts = self._layout.split(";")
         values = [unpack(flat, layout) for flat, layout in zip(self._flat[1:], layouts)]
         loss = {f"loss.{name}": value for name, value in zip(names(losses), self._flat[0])}
-        calls = {"calls": torch.tensor(self._calls, device=self._flat[1].device)}
+        calls = {"calls": torch.full((), self._calls, device=self._flat[1].device)}
         return {**values[0], **values[1], **calls, **loss}
 
     def clear(self) -> None:

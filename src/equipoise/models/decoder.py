@@ -24,6 +24,8 @@ from equipoise.moe import MoE
 from equipoise.routing.router import Router
 from equipoise.sparsity import parse
 
+DRAWN = ("weight", "gate_up", "down")  # the matrices that every method has
+
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions."""
@@ -209,14 +211,14 @@ def _initialise(model: nn.Module, seed: int, residual_scale: float) -> None:
     """Draw each weight with a variance of 1 / its inputs, those that write to the residual stream scaled down.
 
     Every weight has a random stream of its own, so what a method adds shifts no other draw. Parts that only some
-    methods have keep the values they were made with.
+    methods have keep the values they were made with, such as a noisy router's second matrix.
     """
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding | Router | SwiGLU):
             continue
         for leaf, weight in module.named_parameters(prefix=name, recurse=False):
-            if weight.is_meta:
-                continue  # of a model that only tells its sizes
+            if weight.is_meta or leaf.rpartition(".")[2] not in DRAWN:
+                continue  # a model on "meta" only tells its sizes
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {leaf}".encode()))
             draw = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
             writes_residual = not {"out", "down"}.isdisjoint(leaf.split("."))

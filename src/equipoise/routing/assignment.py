@@ -18,12 +18,14 @@ def assign(score_TE: Float[np.ndarray, "T E"], k: int) -> Bool[np.ndarray, "T E"
         score_TE: finite.
         k: 1 <= k <= E.
     """
+    assert np.isfinite(score_TE).all(), "no path has a length where a score is not finite, so the repair had no end"
     num_tokens, num_experts = score_TE.shape
     if k == num_experts or not num_tokens:
         return np.ones(score_TE.shape, dtype=bool)
     scale = float(np.abs(score_TE).max()) or 1.0
     # Distinct scores, or equal ones would crowd onto the same experts and take thousands of paths to spread.
-    score_TE = score_TE + TIE * scale * np.random.default_rng(0).random(score_TE.shape)
+    # Of size 1, so that no sum of scores overflows.
+    score_TE = score_TE / np.float64(scale) + TIE * np.random.default_rng(0).random(score_TE.shape)
     ranked_TE = score_TE + _prices(score_TE, k)
     chosen_TE = np.zeros(score_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, np.argpartition(ranked_TE, -k, axis=1)[:, -k:], True, axis=1)

@@ -41,8 +41,11 @@ class Base(Selector):
 
 @torch.library.custom_op("equipoise::assigned", mutates_args=())
 def _assigned(logit_TE: Tensor, mask_T: Tensor | None, k: int) -> Tensor:
-    """1 where a real token gets an expert, else 0; a step that the compiler does not look into."""
-    logit_TE, device = logit_TE.cpu(), logit_TE.device
+    """1 where a real token gets an expert, else 0; a step that the compiler does not look into.
+
+    Logits that are not finite count as 0, since nobody could refuse them on a GPU or compiled: ``logit_total`` tells.
+    """
+    logit_TE, device = logit_TE.cpu().nan_to_num(0, 0, 0), logit_TE.device
     assigned_TE = torch.zeros_like(logit_TE)
     real = slice(None) if mask_T is None else mask_T.cpu()
     assigned_TE[real] = torch.from_numpy(assign(logit_TE[real].numpy(), k)).to(logit_TE.dtype)

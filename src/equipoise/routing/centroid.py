@@ -1,5 +1,7 @@
 """The online K-means router: experts are centroids that follow the tokens they get; nothing in it is trained."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -31,7 +33,8 @@ class Centroid(Scorer):
 
     def __init__(self, num_experts: int, *, temperature: float = 0.1, ema: float = 0.99, subtract_mean: bool = False):
         super().__init__(num_experts)
-        require(temperature > 0, f"centroid.temperature={temperature} is no temperature; give a number above 0.")
+        right = 0 < temperature < math.inf
+        require(right, f"centroid.temperature={temperature} is no temperature; give a finite number above 0.")
         require(0 <= ema < 1, f"centroid.ema={ema} must be at least 0 and below 1, or centroids never move.")
         self.temperature, self.ema, self.subtract_mean = temperature, ema, subtract_mean
 

@@ -13,6 +13,7 @@ from equipoise.routing.top_k import TopK
 
 EVALUATIONS = ("refuse", "top_k", "as_trained")
 PER = ("call", "sequence")
+SIGMA = 0.22  # at which the Gaussian's mean K is that of the other schedules
 
 
 class ExpertChoice(Selector):
@@ -32,7 +33,7 @@ class ExpertChoice(Selector):
             layer's. See ``denoising.experts_by_ratio``.
         k_min: least K of the schedule.
         k_max: largest K of the schedule.
-        sigma: width of the Gaussian schedules.
+        sigma: width of the Gaussian schedules, at least 0.001 and below 1000.
 
     Source: Zhou et al. 2022 (2202.09368), section 3.2, pooled over the call; with ``per="sequence"`` EC-DLM
     (2604.01622), as its authors' code has it. Differs: no, with ``renormalize=False``; EC-DLM ranks logits, we rank
@@ -52,7 +53,7 @@ class ExpertChoice(Selector):
         schedule: str | None = None,
         k_min: int | None = None,
         k_max: int | None = None,
-        sigma: float = 0.22,
+        sigma: float = SIGMA,
     ):
         super().__init__(num_experts, renormalize=renormalize)
         known = ", ".join(EVALUATIONS)
@@ -84,7 +85,7 @@ class ExpertChoice(Selector):
         pools = 1 if self.per == "call" else call.num_sequences
         choice_BES = scores.choice_TE.detach().view(pools, num_tokens // max(1, pools), num_experts).transpose(1, 2)
         if call.mask_T is not None:
-            choice_BES = choice_BES.masked_fill(~call.mask_T.view(pools, 1, -1), -torch.inf)
+            choice_BES = choice_BES.masked_fill(~call.mask_T.view(pools, 1, num_tokens // max(1, pools)), -torch.inf)
         size = choice_BES.shape[2]
         capacity = _capacity(size, self._largest(call.k), num_experts)
         position_BEC, order_BEC = choice_BES.topk(capacity, dim=-1).indices.sort(dim=-1)
@@ -127,6 +128,8 @@ def _schedule(
     schedule: str | None, k_min: int | None, k_max: int | None, sigma: float, per: str
 ) -> tuple[str, int, int, float] | None:
     """What ``experts_by_ratio`` wants to know; None where K is constant."""
+    gaussian = schedule is not None and schedule.startswith("gaussian")
+    require(gaussian or sigma == SIGMA, f"sigma is for the Gaussian schedules; leave it out, not sigma={sigma}.")
     if schedule is None:
         require(k_min is None and k_max is None, "k_min and k_max are for a schedule; give one, or leave them out.")
         return None
@@ -134,5 +137,5 @@ def _schedule(
     if k_min is None or k_max is None or not 1 <= k_min <= k_max:
         raise UserError(f"A schedule needs 1 <= k_min <= k_max, not k_min={k_min} and k_max={k_max}.")
     require(per == "sequence", "A schedule gives every sequence its own K; give per='sequence' with it.")
-    require(sigma > 0, f"sigma={sigma} is no width; give a positive number.")
+    require(1e-3 <= sigma < 1e3, f"sigma={sigma} is no width of a bell over [0, 1]; give 0.001 or more, below 1000.")
     return schedule, k_min, k_max, sigma

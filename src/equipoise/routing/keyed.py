@@ -19,8 +19,9 @@ def new_key() -> Int[Tensor, ""]:
 def uniform(key: Int[Tensor, ""], step: Int[Tensor, ""], shape: tuple[int, ...], salt: int = 0) -> Float[Tensor, "..."]:
     """Numbers in (0, 1), fp64, that differ by key, step, place and ``salt`` (a call's own counter of draws)."""
     place = torch.arange(math.prod(shape), dtype=torch.int64, device=key.device)
+    # 52 bits: the largest number of 53 and a half would round to 1.
     mixed = _mix(place + _mix(_mix(_mix(key) + salt) + step))
-    return (((mixed >> 11) & (2**53 - 1)).double() + 0.5).mul(2.0**-53).view(shape)
+    return (((mixed >> 12) & (2**52 - 1)).double() + 0.5).mul(2.0**-52).view(shape)
 
 
 def normal(key: Int[Tensor, ""], step: Int[Tensor, ""], shape: tuple[int, ...], salt: int = 0) -> Float[Tensor, "..."]:

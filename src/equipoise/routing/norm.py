@@ -2,13 +2,14 @@
 
 import functools
 
+import numpy as np
 import torch
 from torch import nn
 
 from equipoise.contracts import Call, Scores
 from equipoise.routing.scorer import Scorer
 
-SAMPLES, SEED = 100_000, 42
+SAMPLES, CHUNK, SEED = 100_000, 1_000, 42
 
 
 class Norm(Scorer):
@@ -45,14 +46,19 @@ def length_constant(num_experts: int, k: int) -> float:
     """c, the mean of ``1 / |top K of relu(x / |x|)|`` over Gaussian x of length E; computed once per process.
 
     Source: UniPool (2605.06665): 1e5 samples, seed 42. Differs: samples without a positive entry, where c would be
-    infinite, are left out; with few experts they are not rare.
+    infinite, are left out; with few experts they are not rare. NumPy's generator draws them, not torch's, so that
+    whoever traces or fakes torch's tensors sees a number.
     """
     return _sampled(num_experts, k)
 
 
 @functools.cache
 def _sampled(num_experts: int, k: int) -> float:
-    generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn(SAMPLES, num_experts, generator=generator, device="cpu", dtype=torch.float32)
-    top = (x / x.norm(dim=-1, keepdim=True)).relu().topk(k, dim=-1).values.norm(dim=-1).double()
-    return float((1 / top[top > 0]).mean())
+    generator = np.random.default_rng(SEED)
+    inverses = []
+    for _ in range(SAMPLES // CHUNK):
+        x = generator.standard_normal((CHUNK, num_experts), dtype=np.float32)
+        top = np.partition(x.clip(0), num_experts - k, axis=1)[:, num_experts - k :]
+        length = np.linalg.norm(top, axis=1) / np.linalg.norm(x, axis=1)
+        inverses.append(1 / length[length > 0].astype(np.float64))
+    return float(np.concatenate(inverses).mean())

@@ -1,5 +1,6 @@
 """Sinkhorn routing as in Megatron: balanced prices per expert choose, plain gates weigh."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -33,7 +34,7 @@ class Sinkhorn(Selector):
 
     def __init__(self, num_experts: int, *, tolerance: float = 1e-4, max_iterations: int = 100):
         super().__init__(num_experts, renormalize=False)
-        require(tolerance >= 0, f"sinkhorn.tolerance={tolerance} must be at least 0.")
+        require(0 <= tolerance < math.inf, f"sinkhorn.tolerance={tolerance} must be at least 0, and finite.")
         require(max_iterations >= 1, f"sinkhorn.max_iterations={max_iterations} must be at least 1.")
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self.token_choice = TopK(num_experts, renormalize=False)
@@ -51,17 +52,27 @@ class Sinkhorn(Selector):
         """The combine weights of rows chosen by anyone."""
         return super().weigh(call, _gated(call, scores), token_N, expert_N)
 
-    @torch.no_grad()
     def _balanced(self, call: Call, scores: Scores) -> Float[Tensor, "T E"]:
         """The logarithm of the balanced plan, up to a constant per token."""
-
-        def converged(before_E: Tensor, after_E: Tensor) -> Tensor:
-            return (after_E.exp() - before_E.exp()).abs().mean() <= self.tolerance
-
-        _, g_E = sinkhorn(scores.logit_TE, call.mask_T, self.max_iterations, converged, rows_first=True)
-        return scores.logit_TE + g_E
+        logit_TE = scores.logit_TE.detach()
+        return logit_TE + _prices(logit_TE, call.mask_T, self.tolerance, self.max_iterations)
 
 
 def _gated(call: Call, scores: Scores) -> Scores:
     """The scores with the gate that K asks for."""
     return replace(scores, gate_TE=scores.logit_TE.sigmoid()) if call.k == 1 else scores
+
+
+@torch.library.custom_op("equipoise::sinkhorn_prices", mutates_args=())
+def _prices(logit_TE: Tensor, mask_T: Tensor | None, tolerance: float, max_iterations: int) -> Tensor:
+    """The logarithm of d1; a step that the compiler does not look into, since it would unroll the loop."""
+
+    def converged(before_E: Tensor, after_E: Tensor) -> Tensor:
+        return (after_E.exp() - before_E.exp()).abs().mean() <= tolerance
+
+    return sinkhorn(logit_TE, mask_T, max_iterations, converged, rows_first=True)[1]
+
+
+@_prices.register_fake
+def _(logit_TE, mask_T, tolerance, max_iterations):
+    return logit_TE.new_empty(logit_TE.shape[1])

@@ -102,14 +102,7 @@ class SparseTransport(Selector):
             return real_T
         if self.solver == "lbfgs":
             return _exact_prices(similarity_ET, real_T, kept_C, self.gamma)
-        price_T, mean_T, square_T = (torch.zeros_like(real_T) for _ in range(3))
-        for step in range(1, self.steps + 1):
-            gradient_T = semi_dual(price_T, similarity_ET, real_T, kept_C, self.gamma)[1]
-            mean_T.lerp_(gradient_T, 1 - MOMENTUM)
-            square_T.lerp_(gradient_T.square(), 1 - VARIANCE)
-            spread_T = (square_T / (1 - VARIANCE**step)).sqrt_().add_(EPSILON)
-            price_T.addcdiv_(mean_T, spread_T, value=RATE / (1 - MOMENTUM**step))
-        return price_T
+        return _adam_prices(similarity_ET, real_T, kept_C, self.gamma, self.steps)
 
     def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
         """N = E*C, with the capacity that the call would have without padding."""
@@ -201,6 +194,24 @@ def _(score_ET, count):
 def _(score_ET, count):
     value_EC = score_ET.new_empty(len(score_ET), count)
     return value_EC, value_EC.long()
+
+
+@torch.library.custom_op("equipoise::adam_prices", mutates_args=())
+def _adam_prices(similarity_ET: Tensor, real_T: Tensor, kept_C: Tensor, gamma: float, steps: int) -> Tensor:
+    """The prices after this many steps of Adam; one step to the compiler, which would unroll the loop."""
+    price_T, mean_T, square_T = (torch.zeros_like(real_T) for _ in range(3))
+    for step in range(1, steps + 1):
+        gradient_T = semi_dual(price_T, similarity_ET, real_T, kept_C, gamma)[1]
+        mean_T.lerp_(gradient_T, 1 - MOMENTUM)
+        square_T.lerp_(gradient_T.square(), 1 - VARIANCE)
+        spread_T = (square_T / (1 - VARIANCE**step)).sqrt_().add_(EPSILON)
+        price_T.addcdiv_(mean_T, spread_T, value=RATE / (1 - MOMENTUM**step))
+    return price_T
+
+
+@_adam_prices.register_fake
+def _(similarity_ET, real_T, kept_C, gamma, steps):
+    return torch.empty_like(real_T)
 
 
 @torch.library.custom_op("equipoise::exact_prices", mutates_args=())

@@ -25,9 +25,9 @@ class TokenRounding(Selector):
         num_experts: E.
         tile: rows of a tile.
         rule: from f chosen rows, between the multiples lo and hi. ``"nearest"``: the nearer, lo on a tie.
-            ``"stochastic"``: hi with probability (f - lo) / tile. ``"nearest_score"``: hi with the share that the rows
-            from lo to f have in the scores of those from lo to hi. ``"balance"``: expert by expert, so that the sum
-            over the experts so far is nearest to what was chosen. ``"up"``: hi. ``"down"``: lo, which only drops.
+            ``"stochastic"``: hi with probability (f - lo) / (hi - lo). ``"nearest_score"``: hi with the share that the
+            rows from lo to f have in the scores of those from lo to hi. ``"balance"``: expert by expert, so that the
+            sum over the experts so far is nearest to what was chosen. ``"up"``: hi. ``"down"``: lo, which only drops.
         renormalize: make the weights of a token's K choices sum to 1 before rounding. None: for K > 1. Added rows weigh
             their score; what dropped rows weighed is not given to others. Rows that are dropped here are not counted as
             ``dropped``, since no expert was full: demand is what is computed.
@@ -79,16 +79,14 @@ class TokenRounding(Selector):
         rest_E = chosen_E - low_E
         high_E = torch.minimum(low_E + tile, tokens)
         if self.rule == "nearest":
-            up_E = 2 * rest_E > tile
+            up_E = 2 * chosen_E > low_E + high_E
         elif self.rule == "balance":
             tiles_E = (2 * rest_E.cumsum(0) + tile - 1) // (2 * tile)
             up_E = tiles_E.diff(prepend=tiles_E.new_zeros(1)) > 0
         elif self.rule in ("up", "down"):
             up_E = (rest_E > 0) & (self.rule == "up")
         else:
-            up_E = uniform(self.key, call.step, tuple(chosen_E.shape)) < self._chance(
-                mass_ET, low_E, chosen_E, high_E, tile
-            )
+            up_E = uniform(self.key, call.step, tuple(chosen_E.shape)) < self._chance(mass_ET, low_E, chosen_E, high_E)
         return torch.where(up_E & (rest_E > 0), high_E, low_E)
 
     def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
@@ -118,11 +116,10 @@ class TokenRounding(Selector):
         low_E: Int[Tensor, " E"],
         chosen_E: Int[Tensor, " E"],
         high_E: Int[Tensor, " E"],
-        tile: Int[Tensor, ""],
     ) -> Float[Tensor, " E"]:
         """The probability of rounding up."""
         if self.rule == "stochastic":
-            return (chosen_E - low_E).double() / tile
+            return (chosen_E - low_E).double() / (high_E - low_E).clamp(min=1)
         low, now, high = (mass_ET.gather(1, end_E[:, None])[:, 0] for end_E in (low_E, chosen_E, high_E))
         return (now - low) / (high - low).clamp(min=1e-20)
 

@@ -26,13 +26,16 @@ class TopK(Selector):
         drop: which rows an expert over its capacity keeps: those of the highest gate (``"score"``) or of the first
             tokens (``"position"``).
         groups: the groups that experts lie in; 1 is no limit.
-        kept_groups: the groups that a token may take experts of.
+        kept_groups: the groups that a token may take experts of; the default of 1 is the strictest limit there is.
         scale: what every weight is multiplied by, after it was renormalised.
 
     Fails: UserError for groups that do not fit E or K, and where ``renormalize`` is asked for with K = 1.
     Source: GShard (2006.16668), algorithm 1; Switch (2101.03961), section 2.2 for the capacity; DeepSeek-V3
     (2412.19437), section 2.1.2 for the groups (its nodes), and its released configuration for the scale.
     Differs: dropping is off in evaluation, and a dropped row's weight is not given to the token's other experts.
+
+    Attributes:
+        looks_ahead: True with a capacity, since later tokens may push a token out of its expert.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class TopK(Selector):
         )
         require(0 < scale < math.inf, f"scale={scale} is no factor; give a positive number.")
         self.capacity_factor, self.drop = capacity_factor, drop
+        self.looks_ahead = capacity_factor is not None
         self.groups, self.kept_groups, self.scale = groups, kept_groups, scale
 
     def forward(self, call: Call, scores: Scores) -> Routing:

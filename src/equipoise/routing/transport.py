@@ -30,7 +30,7 @@ def sinkhorn(
         rows_first: fit the rows once before.
     """
     num_tokens, num_experts = score_TE.shape
-    tokens = score_TE.new_tensor(num_tokens) if mask_T is None else mask_T.sum().to(score_TE.dtype)
+    tokens = score_TE.new_full((), num_tokens) if mask_T is None else mask_T.sum().to(score_TE.dtype)
     column = tokens.clamp(min=1).log() - math.log(num_experts)
     g_E = score_TE.new_zeros(num_experts)
     f_T = _without_padding(-score_TE.logsumexp(1) if rows_first else score_TE.new_zeros(num_tokens), mask_T)

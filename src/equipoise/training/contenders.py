@@ -45,11 +45,13 @@ class Contender:
     @property
     def scales_bias(self) -> bool:
         """Whether the step of a bias is ours to choose."""
-        return self.method.balancers.get("bias", {}).get("rule", "sign") == "sign" and self._free("bias", "rate")
+        rule = self._given("bias.rule") or self.method.balancers.get("bias", {}).get("rule", "sign")
+        return "bias" in self.method.parts and rule == "sign" and self._given("bias.rate") is None
 
-    def _free(self, part: str, setting: str) -> bool:
-        named = (item.startswith(f"{part}.{setting}=") for item in self.items)
-        return part in self.method.parts and not any(named)
+    def _given(self, name: str) -> str | None:
+        """The value of a setting as the user wrote it, without quotes; None where it is left to the method."""
+        values = (item.partition("=")[2] for item in self.items if item.startswith(f"{name}="))
+        return next((value.strip("'\"") for value in values), None)
 
 
 def contenders(config: CompareConfig) -> dict[str, Contender]:

@@ -70,7 +70,7 @@ class Ledger:
             dense=sum(_product(dense) for dense in denses),
             head=_product(model.embedding),
         )
-        row = tuple(_product(moe.experts) // len(moe.router.weight) for moe in moes)
+        row = tuple(_product(moe.experts) // moe.num_experts for moe in moes)
         starts = sorted({0, *(start for moe in moes for start in moe.sparsity.start)})
         plan = {
             start: tuple(moe.selector.planned_rows(moe.num_experts, moe.sparsity.at(start)) for moe in moes)
@@ -83,7 +83,7 @@ class Ledger:
 
         Args:
             num_tokens: T, padding included: only the experts skip it.
-            rows_per_layer: the rows that each MoE layer's experts computed, ``load_E.sum()`` of its routing.
+            rows_per_layer: the rows that each MoE layer's experts computed: ``load_E`` summed, without null experts.
         Fails: UserError where ``rows_per_layer`` does not name each MoE layer.
         """
         if len(rows_per_layer) != len(self.row):

@@ -34,13 +34,18 @@ class Size:
         model: its configuration.
         params: parameters that a token visits.
         total: parameters in all.
-        flops_per_token: of training.
+        ledger: what training it costs.
     """
 
     model: ModelConfig
     params: int
     total: int
-    flops_per_token: int
+    ledger: Ledger
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of training at the last K of a schedule, which ``params`` counts, too."""
+        return float(self.ledger.per_token(max(self.ledger.plan)).total)
 
 
 def isoflop(config: CompareConfig) -> Path:
@@ -88,7 +93,7 @@ def _grid(config: CompareConfig, row: Contender, vocab_size: int) -> tuple[list[
     step = 2 * base.num_heads
     sizes = [_size(base, dim, vocab_size, config.data.seq_len) for dim in range(step, WIDEST * base.dim + 1, step)]
     params = [float(size.params) for size in sizes]
-    return sizes, plan_isoflop(budgets(config), params, lambda index: float(sizes[index].flops_per_token))
+    return sizes, plan_isoflop(budgets(config), params, lambda index: sizes[index].flops_per_token)
 
 
 def _size(base: ModelConfig, dim: int, vocab_size: int, seq_len: int) -> Size:
@@ -100,12 +105,12 @@ def _size(base: ModelConfig, dim: int, vocab_size: int, seq_len: int) -> Size:
     routed = sum(weight.numel() for moe in pools.values() for weight in moe.experts.parameters())
     ledger = Ledger.of(decoder, seq_len)
     visited = sum(rows * row for rows, row in zip(ledger.plan[max(ledger.plan)], ledger.row)) / 2
-    return Size(model, round(total - routed + visited), total, ledger.per_token().total)
+    return Size(model, round(total - routed + visited), total, ledger)
 
 
 def _run(config: CompareConfig, row: Contender, size: Size, planned: PlannedRun, seed: int) -> TrainConfig:
     """One run of the grid; it logs and saves little, since there are many of them."""
-    steps = max(1, round(planned.tokens / (config.optimizer.batch_size * config.data.seq_len)))
+    steps = max(1, size.ledger.steps(planned.budget, config.optimizer.batch_size * config.data.seq_len))
     name = f"{row.name}-{planned.budget:g}-dim{size.model.dim}-seed{seed}"
     run = row.run(config, row.scaled(steps), seed, out=str(run_folder(config, name)))
     model = replace(run.model, dim=size.model.dim, hidden_dim=size.model.hidden_dim)

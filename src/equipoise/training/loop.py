@@ -159,6 +159,8 @@ class Run:
             print(f"equipoise: passed over {path.name}: {reason}", file=sys.stderr)
         refuse_inexact(loaded.state["fingerprint"], self.fingerprint, self.config.allow_inexact)
         checkpoint.restore_rng(tensors)
+        for layer in trainer.layers.values():
+            layer.follow_sparsity()  # the tensors were filled in place
         trainer.done = loaded.step
         trainer.flops, trainer.tokens = loaded.state["flops"], loaded.state["tokens"]
         trainer.seconds = loaded.state["seconds"]
