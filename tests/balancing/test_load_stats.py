@@ -120,3 +120,26 @@ def test_a_layer_that_was_not_called_is_named():
 def test_a_model_without_moe_layers_is_refused():
     with pytest.raises(UserError, match="no MoE layer"):
         load_stats(nn.Linear(3, 3))
+
+
+def test_null_experts_are_told_apart_from_true_ones():
+    """Before a step from the last call, after it from the window: the load is the true experts', the share the rest."""
+    layer = MoE(dim=7, hidden_dim=5, num_experts=3, top_k=2, method="adamoe", nulls=4)
+    handle, optimizer = attach_still(layer)
+    layer(torch.randn(11, 7)).sum().backward()
+    total_E = layer.routing.demand_E()
+    for scope in ("call", "window"):
+        stats = load_stats(layer)[""]
+        assert stats.scope == scope
+        assert torch.equal(stats.load, total_E[:3])
+        assert stats.nulls == pytest.approx(float(total_E[3:].sum()) / 22)
+        assert stats.max_vio == pytest.approx(float(total_E[:3].max() / total_E[:3].double().mean()) - 1)
+        optimizer.step()
+    assert handle.layers[""] is layer
+
+
+def test_readings_are_those_of_the_layers_parts():
+    layer = MoE(dim=7, hidden_dim=5, num_experts=3, top_k=2, method="loss_free")
+    layer.balancers["bias"].bias_E.copy_(torch.tensor([0.25, 0.0, -0.25]))
+    layer(torch.randn(11, 7))
+    assert load_stats(layer)[""].readings == {"bias.spread": 0.5, "bias.overshoots": 0.0}

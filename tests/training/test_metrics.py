@@ -41,6 +41,8 @@ def test_a_line_per_record_with_every_layer(tmp_path: Path) -> None:
         "dropped": 2,
         "loss": {"balance_loss": 1.5},
         "weighted_loss": {"balance_loss": 0.015},
+        "nulls": 0.0,
+        "readings": {},
     }
     assert first["layers"]["layers.1.moe"]["load"] == [1, 1, 1]
     assert {key: second[key] for key in ("step", "loss", "max_vio")} == record(4)
