@@ -11,11 +11,11 @@ from measure import interleaved, ratio
 import equipoise as eq
 
 PLAIN = "unbalanced"
-NOTES = """The goal was 2 % for methods that route every token by itself, and 10 % for solvers. Above it: `erc`, whose cost, E^2
-pairs of experts, does not depend on the tokens and so weighs most where there are few (it is published as 0.2 to 0.8 %
-of far larger batches); `importance_load`, whose noise needs a second product as large as the router's, and random numbers;
-and `token_rounding`, which sorts every expert's column. `selective_sinkhorn` is timed with its default of one plan in a
-hundred steps.
+NOTES = """The goal was 2 % for methods that route every token by itself, and 10 % for solvers. Above it: `erc`, whose
+cost, E^2 pairs of experts, does not depend on the tokens and so weighs most where there are few (it is published as 0.2
+to 0.8 % of far larger batches); `importance_load`, whose noise needs a second product as large as the router's, and
+random numbers; and `token_rounding`, which sorts every expert's column. `selective_sinkhorn` is timed with its default
+of one plan in a hundred steps.
 """
 
 
