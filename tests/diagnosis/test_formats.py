@@ -81,3 +81,9 @@ def test_unknown_endings_and_missing_files_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="No such file"):
         read_loads(tmp_path / "folder")
+
+
+def test_rows_of_different_lengths_are_one_sentence(tmp_path):
+    (tmp_path / "ragged.json").write_text("[[1, 2], [3]]")
+    with pytest.raises(UserError, match=r"ragged\.json: Loads must be an array of numbers.*rows of equal length\.$"):
+        read_loads(tmp_path / "ragged.json")

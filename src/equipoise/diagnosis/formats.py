@@ -36,8 +36,8 @@ def read_loads(path: str | Path) -> Trace:
     values = read_json(place)
     values = values.get("logical_count", values.get("weight")) if isinstance(values, dict) else values
     try:
-        return from_loads(np.array(values))
-    except ValueError as error:
+        return from_loads(values)
+    except UserError as error:
         raise UserError(f"{place}: {error}") from error
 
 
@@ -46,7 +46,10 @@ def from_loads(loads: Any) -> Trace:
 
     Fails: UserError for another shape, and for loads that are not finite numbers of at least 0.
     """
-    array = np.asarray(loads)
+    try:
+        array = np.asarray(loads)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
     numeric = array.dtype.kind in "iuf"
     require(numeric, "Loads must be an array of numbers, [L, E] or [W, L, E], with rows of equal length.")
     require(array.ndim in (2, 3), f"Loads must have the shape [L, E] or [W, L, E], not {list(array.shape)}.")
