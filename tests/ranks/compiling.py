@@ -65,6 +65,7 @@ WAYS: dict[str, Way] = {
 
 def compare(rank: int, make: str, methods: list[str], way: str, backend: str, backward: int = 1) -> list[dict] | None:
     """One step, eager and in the given way: what each left behind. Only the first rank works."""
+    torch.compiler.reset()  # each call may compile anew: dynamo gives up at the ninth graph of one function
     alone = dist.new_group([0])
     if rank:
         return None

@@ -72,16 +72,16 @@ def test_budgets_must_be_numbers_above_zero(words):
 
 
 def test_budgets_that_no_size_fits_are_refused_before_anything_is_trained(tmp_path: Path):
-    wrong = config(isoflop="1e6,2e6", out=str(tmp_path / "out"), data=DataConfig(source=str(write_text(tmp_path))))
+    data = DataConfig(source=str(write_text(tmp_path / "text")), seq_len=16, validation_tokens=128)
     with pytest.raises(UserError, match="candidate sizes"):
-        module.isoflop(replace(wrong, data=replace(wrong.data, seq_len=16, validation_tokens=128)))
+        module.isoflop(config(isoflop="1e6,2e6", out=str(tmp_path / "out"), data=data))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_the_grid_is_trained_and_can_be_read(tmp_path: Path):
     """Fourteen processes."""
-    data = DataConfig(source=str(write_text(tmp_path)), seq_len=16, validation_tokens=128)
+    data = DataConfig(source=str(write_text(tmp_path / "text")), seq_len=16, validation_tokens=128)
     file = module.isoflop(config(isoflop="4e10,8e10", data=data, out=str(tmp_path / "out")))
     with file.open() as lines:
         rows = list(csv.DictReader(lines))
