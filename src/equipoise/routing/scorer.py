@@ -2,12 +2,11 @@
 
 from torch import nn
 
-from equipoise.contracts import Call, Scores
 from equipoise.routing.router import Router
 
 
 class Scorer(nn.Module):
-    """Tokens to scores.
+    """Tokens to scores: a scorer is one with ``forward(call) -> Scores``.
 
     Args:
         num_experts: E, null experts included.
@@ -20,7 +19,3 @@ class Scorer(nn.Module):
     def make_router(self, dim: int) -> nn.Module:
         """What turns tokens of width D into the logits that this scorer reads; ``weight`` is ``[E, D]``."""
         return Router(dim, self.num_experts)
-
-    def forward(self, call: Call) -> Scores:
-        """Score every token against every expert."""
-        raise NotImplementedError

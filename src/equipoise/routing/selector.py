@@ -3,13 +3,13 @@
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from equipoise.contracts import Call, Routing, Scores
+from equipoise.contracts import Call, Scores
 from equipoise.errors import require
 from equipoise.routing.rows import weigh
 
 
 class Selector(nn.Module):
-    """Scores to routing: K rows per token with weights from the gate, until a selector says otherwise.
+    """Scores to routing, ``forward(call, scores) -> Routing``: K rows per token with weights from the gate by default.
 
     Args:
         num_experts: E.
@@ -31,10 +31,6 @@ class Selector(nn.Module):
     def __init__(self, num_experts: int, *, renormalize: bool | None = None):
         super().__init__()
         self.num_experts, self.renormalize = num_experts, renormalize
-
-    def forward(self, call: Call, scores: Scores) -> Routing:
-        """Choose the rows."""
-        raise NotImplementedError
 
     def num_rows(self, num_tokens: int, num_experts: int, k: int) -> int:
         """N, the static bound on the rows of a call: T*K."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
-from equipoise.report.page import POLICY, STYLES, plotly_script
+from equipoise.report.document import document
 from equipoise.scaling.plots import (
     Laws,
     all_budgets,
@@ -50,36 +48,7 @@ def page(laws: Laws, summary: Summary, source: str, high: float) -> str:
     plots = {"residuals": residual_plot(laws)}
     plots |= {"isoflop": isoflop_plot(laws)} if all_budgets(laws) else {}
     plots |= {"frontier": frontier_plot(laws, high)} if dense else {}
-    return _document("Equipoise: scaling law", "".join(sections), {"looks": looks(laws), "plots": plots})
-
-
-def _document(title: str, body: str, pictures: dict[str, Any]) -> str:
-    data = json.dumps(pictures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{html.escape(title)}</title>
-<style>{"".join(map(_file, STYLES))}</style>
-</head>
-<body>
-<main>
-{body}
-<noscript><p>The pictures need JavaScript; the tables do not.</p></noscript>
-</main>
-<script type="application/json" id="data">{data}</script>
-<script>{plotly_script()}</script>
-<script>{_file("page.js")}</script>
-</body>
-</html>
-"""
-
-
-def _file(name: str) -> str:
-    return resources.files("equipoise.report").joinpath(name).read_text(encoding="utf-8")
+    return document("Equipoise: scaling law", "".join(sections), {"looks": looks(laws), "plots": plots})
 
 
 def _header(summary: Summary, source: str) -> str:

@@ -6,14 +6,13 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from equipoise.report.page import POLICY, STYLES, plotly_script
+from equipoise.report.document import document
 from equipoise.serving.replay import WINDOWS, Results
 
 
@@ -73,30 +72,9 @@ def write_page(results: Results, path: str | Path) -> None:
 
 
 def _page(results: Results) -> str:
-    styles = "".join(map(_report_file, STYLES))
     body = "".join(part(results) for part in (_header, _table_section, _pictures, _settings_section))
-    data = json.dumps({"looks": _looks(results), "plots": _plots(results)}, allow_nan=False).replace("<", "\\u003c")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Equipoise: replay of requests</title>
-<style>{styles}</style>
-</head>
-<body>
-<main>
-{body}
-<noscript><p>The pictures need JavaScript; the tables do not.</p></noscript>
-</main>
-<script type="application/json" id="data">{data}</script>
-<script>{plotly_script()}</script>
-<script>{_report_file("page.js")}</script>
-</body>
-</html>
-"""
+    pictures = {"looks": _looks(results), "plots": _plots(results)}
+    return document("Equipoise: replay of requests", body, pictures)
 
 
 def _header(results: Results) -> str:
@@ -223,7 +201,3 @@ def _trace(words: str) -> dict[str, Any]:
 
 def _line(name: str, x: list[float], y: Sequence[float | None]) -> dict[str, Any]:
     return {"meta": {"method": name, "band": False}, "x": x, "y": y}
-
-
-def _report_file(name: str) -> str:
-    return resources.files("equipoise.report").joinpath(name).read_text(encoding="utf-8")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import html
 import json
-from importlib import resources
 from pathlib import Path
 
-from equipoise.report.page import POLICY, STYLES, plotly_script
+from equipoise.report.document import document
 from equipoise.simulator.pictures import PHASE_COLOURS, looks, plots, policy_colour
 from equipoise.simulator.results import COLUMNS, Facts, headline
 
@@ -21,29 +20,8 @@ def write_page(found: Facts, path: str | Path) -> None:
 
 def page(found: Facts) -> str:
     """The page: the table, where the time goes, one layer rank by rank, who waits for whom, memory, all settings."""
-    data = json.dumps({"looks": looks(found), "plots": plots(found)}, allow_nan=False, separators=(",", ":"))
     body = "".join([_header(found), _results(found), *_pictures(found), _calibration(found), _settings(found)])
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Equipoise: simulated policies</title>
-<style>{"".join(map(_file, STYLES))}</style>
-</head>
-<body>
-<main>
-{body}
-<noscript><p>The pictures need JavaScript; the tables do not.</p></noscript>
-</main>
-<script type="application/json" id="data">{data.replace("<", chr(92) + "u003c")}</script>
-<script>{plotly_script()}</script>
-<script>{_file("page.js")}</script>
-</body>
-</html>
-"""
+    return document("Equipoise: simulated policies", body, {"looks": looks(found), "plots": plots(found)})
 
 
 def _pictures(found: Facts) -> list[str]:
@@ -73,10 +51,6 @@ def _pictures(found: Facts) -> list[str]:
         ),
     }
     return [_picture(title, words, name, controls) for name, (title, words, controls) in told.items()]
-
-
-def _file(name: str) -> str:
-    return resources.files("equipoise.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _header(found: Facts) -> str:

@@ -17,7 +17,8 @@ import torch
 from equipoise.config import CompareConfig, TrainConfig
 from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder
-from equipoise.report.page import plotly_script, write_page
+from equipoise.report.document import plotly_script
+from equipoise.report.page import write_page
 from equipoise.report.results import power
 from equipoise.report.table import markdown
 from equipoise.toml import to_dict
