@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.config import CompareConfig, DataConfig, ModelConfig
+from equipoise.config import CompareConfig, DataConfig, ModelConfig, OptimizerConfig
 from equipoise.errors import UserError
 from equipoise.models.decoder import Decoder
 from equipoise.scaling.planning import PlannedRun
@@ -82,7 +82,8 @@ def test_budgets_that_no_size_fits_are_refused_before_anything_is_trained(tmp_pa
 def test_the_grid_is_trained_and_can_be_read(tmp_path: Path):
     """Fourteen processes."""
     data = DataConfig(source=str(write_text(tmp_path / "text")), seq_len=16, validation_tokens=128)
-    file = module.isoflop(config(isoflop="4e10,8e10", data=data, out=str(tmp_path / "out")))
+    few_steps = OptimizerConfig(batch_size=128)
+    file = module.isoflop(config(isoflop="4e10,8e10", data=data, optimizer=few_steps, out=str(tmp_path / "out")))
     with file.open() as lines:
         rows = list(csv.DictReader(lines))
     assert len(rows) == 14
