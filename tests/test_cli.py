@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +19,7 @@ from equipoise.config import TrainConfig
 from equipoise.toml import load
 from equipoise.training.run import CONFIG_FILE, RESULT_FILE
 from tiny_commands import tiny_command
-from tiny_runs import write_text
+from tiny_runs import stopped_before, write_text
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,36 @@ def test_compare_prints_a_table_what_was_used_and_the_report(words, tmp_path: Pa
     assert "loss_free: bias.rate is 0.3, scaled to the 5 steps of the run." in out
     assert "Each run: 2e+07 FLOPs, 5 steps; the learning rate rises to 0.003 in the first 10% and falls to" in out
     assert out.endswith(f"Report: {tmp_path / 'out' / 'report.html'}\n")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_sentence_and_no_failure(words, capfd) -> None:
+    """Bias steps of 1 set two biases 2 apart at once, and the layer's alarm is 1."""
+    shown = warnings.showwarning
+    assert cli.main(words("--set bias.rate=1.0 --json")) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["steps"] == 5
+    (said,) = (line for line in err.splitlines() if "biases" in line)
+    assert said.startswith("equipoise: Two selection biases of a layer lie 1 or more apart (bias.alarm): ")
+    assert said.endswith("(bias.alarm=0 turns this off).")
+    assert "warn" not in err.lower()  # neither "UserWarning:" nor the line of code
+    assert warnings.showwarning is shown
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_its_code_and_a_sentence_and_the_same_command_resumes(
+    words, tmp_path: Path, capfd, number: signal.Signals, code: int
+) -> None:
+    with stopped_before(4, act=lambda trainer: os.kill(os.getpid(), number)):
+        assert cli.main(words("--json")) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    sentence = f"equipoise: Stopped by {number.name}; the same command resumes from {tmp_path / 'out'}."
+    assert sentence in err.splitlines()
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / RESULT_FILE).exists()
+    assert cli.main(words("--json")) == 0
+    assert json.loads(capfd.readouterr().out)["steps"] == 5
 
 
 def test_ctrl_c_outside_a_training_is_130(finished: Path, monkeypatch, capfd) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from equipoise import cli
+from equipoise.commands import COMMANDS
 from equipoise.config import TrainConfig
 from equipoise.training.checkpoint import latest
 from equipoise.training.loop import WEIGHTS_FILE
@@ -131,6 +132,9 @@ def test_a_wrong_file_names_the_nearest_key(words, refused, tmp_path: Path) -> N
     ("line", "sentence"),
     [
         ("trian", "Unknown command 'trian'; did you mean train?"),
+        ("xyz", f"Unknown command 'xyz'; there are {', '.join(COMMANDS)}."),
+        ("methods --jsn", "Unknown option --jsn; did you mean --json?"),
+        ("methods --hlp", "Unknown option --hlp; did you mean --help?"),
         ("methods loss_fre", "Unknown method 'loss_fre' (did you mean 'loss_free'?); there are "),
         (
             "generate nowhere",
@@ -141,6 +145,7 @@ def test_a_wrong_file_names_the_nearest_key(words, refused, tmp_path: Path) -> N
         ("compare --flops 1e7 --methods switch switch", "methods must name each method once, not switch, switch."),
         ("compare --flops 1e7 --top-k 99", "top_k must be at most num_experts (16), not 99."),
         ("compare --steps 5", "Unknown option --steps; "),
+        ("compare --method switch", "A comparison takes several methods; give --methods, not --method."),
     ],
 )
 def test_a_wrong_command_is_one_sentence(refused, line: str, sentence: str) -> None:

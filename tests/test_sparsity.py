@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ def test_k_holds_from_its_step_on():
     assert not sparsity.constant
     assert Sparsity.of(2, 5) == Sparsity.of({0: 2}, 5)
     assert Sparsity.of(2, 5).constant
+    assert Sparsity.of(MappingProxyType({0: 5, 3: 1}), 5).by_step() == {0: 5, 3: 1}
+    three = Sparsity.of({0: 4, 5: 1, 2: 3}, 5)
+    assert [three.at(step) for step in (0, 1, 2, 4, 5, 99)] == [4, 4, 3, 3, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -44,12 +48,18 @@ def test_what_is_no_schedule_is_refused(top_k, sentence):
 def test_a_model_takes_one_k_for_all_layers_or_one_each():
     assert [layer.by_step() for layer in parse(("0:4,2", "9:1"), 3, 2, 5)] == [{0: 4, 9: 1}, {0: 2, 9: 1}]
     assert [layer.by_step() for layer in parse((), 3, 2, 5)] == [{0: 3}, {0: 3}]
+    assert [layer.by_step() for layer in parse(("20:1,2", "0:5", "10:3"), 4, 2, 5)] == [
+        {0: 5, 10: 3, 20: 1},
+        {0: 5, 10: 3, 20: 2},
+    ]
     with pytest.raises(UserError, match=r"sparsity '0:4,2' names 2 layers, but the model has 3 MoE layers"):
         parse(("0:4,2",), 3, 3, 5)
     with pytest.raises(UserError, match="sparsity names step 9 twice"):
         parse(("0:4", "9:1", "9:2"), 3, 2, 5)
     config = ModelConfig(num_layers=3, dense_layers=1, num_experts=5, sparsity=("0:4,2", "9:1"))
     assert [layer.moe.top_k for layer in Decoder(config, 11).layers[1:]] == [4, 2]
+    plain = ModelConfig(num_layers=2, num_experts=5, top_k=3)
+    assert [layer.moe.top_k for layer in Decoder(plain, 11).layers] == [3, 3]
 
 
 def test_a_layer_changes_k_with_the_steps_and_after_loading():
@@ -99,3 +109,24 @@ def test_the_ledger_integrates_the_schedule():
     assert ledger.steps(budget, tokens=13) == 17
     assert ledger.steps(budget - 13 * 10 * early.total, tokens=13, done=10) == 17
     assert ledger.steps(4.4 * 13 * early.total, tokens=13) == 4
+
+
+def test_the_ledger_counts_from_any_step_through_all_that_follow():
+    """Steps 0 to 9, 10 to 13 and from 14 on cost differently."""
+    sizes = {"dim": 8, "num_heads": 2, "num_layers": 2, "hidden_dim": 4, "num_experts": 5}
+    ledger = Ledger.of(Decoder(ModelConfig(**sizes, sparsity=("14:1,2", "0:4", "10:2,3")), 11), seq_len=6)
+    assert ledger.plan == {0: (4, 4), 10: (2, 3), 14: (1, 2)}
+    early, middle, late = (13.0 * ledger.per_token(step).total for step in (0, 10, 14))
+    assert early > middle > late
+    for done, flops in (
+        (0, 10 * early + 4 * middle + 5 * late),
+        (3, 7 * early + 4 * middle + 5 * late),
+        (10, 4 * middle + 5 * late),
+        (12, 2 * middle + 5 * late),
+        (14, 5 * late),
+        (16, 3 * late),
+    ):
+        assert ledger.steps(flops, tokens=13, done=done) == 19
+    assert ledger.steps(10 * early, tokens=13) == 10
+    assert ledger.steps(10 * early + 2.6 * middle, tokens=13) == 13
+    assert ledger.steps(2.4 * early, tokens=13, done=3) == 5

@@ -22,6 +22,7 @@ QUARTERS = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
         ([7], 0, 0, 1, 0),
         ([0], 0, 0, 1, 1),
         ([2**60, 2**60], 0, 0, 1, 0),
+        ([2**24 + 3, 2**24 - 3], 3 / 2**24, 3 / 2**24, 1, 0),  # as counts of a long run, which fp32 would round
     ],
 )
 def test_values_of_hand_made_loads(load, max_vio, cv, entropy, dead):
@@ -115,6 +116,8 @@ def test_a_layer_that_was_not_called_is_named():
     model["first"].eval()(torch.randn(3, 7))
     with pytest.raises(UserError, match="'second' has not been called"):
         load_stats(model)
+    with pytest.raises(UserError, match="Layer 'MoE' has not been called"):
+        load_stats(model["second"])
 
 
 def test_a_model_without_moe_layers_is_refused():
@@ -138,8 +141,27 @@ def test_null_experts_are_told_apart_from_true_ones():
     assert handle.layers[""] is layer
 
 
+def test_a_layer_that_saw_nothing_in_a_step_has_no_load_no_share_and_no_loss():
+    used, idle = (MoE(**SIZES | {"top_k": 1}, method="adamoe", nulls=4) for _ in range(2))
+    model = nn.ModuleList([used, idle])
+    _, optimizer = attach_still(model)
+    used(torch.randn(11, 7)).sum().backward()
+    optimizer.step()
+    stats = load_stats(model)["1"]
+    assert (stats.load.tolist(), stats.nulls, stats.entropy) == ([0] * 5, 0.0, 1.0)
+    assert stats.loss == stats.weighted_loss == {"null_loss": 0.0}
+
+
 def test_readings_are_those_of_the_layers_parts():
-    layer = MoE(dim=7, hidden_dim=5, num_experts=3, top_k=2, method="loss_free")
+    """After a step, too, though the bias has no loss; the last call's shows in no reading."""
+    layer = MoE(dim=7, hidden_dim=5, num_experts=3, top_k=2, method="loss_free", rate=0.125)
+    _, optimizer = attach_still(layer)
     layer.balancers["bias"].bias_E.copy_(torch.tensor([0.25, 0.0, -0.25]))
-    layer(torch.randn(11, 7))
+    layer.router.weight.data.zero_()  # so that expert 0 and 1 take all
+    layer(torch.randn(11, 7)).sum().backward()
     assert load_stats(layer)[""].readings == {"bias.spread": 0.5, "bias.overshoots": 0.0}
+    optimizer.step()
+    stats = load_stats(layer)[""]
+    assert stats.load.tolist() == [11, 11, 0]
+    assert (stats.scope, stats.loss) == ("window", {})
+    assert stats.readings == {"bias.spread": 0.25, "bias.overshoots": 0.0}

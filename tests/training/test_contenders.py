@@ -2,9 +2,10 @@
 
 import pytest
 
-from equipoise.config import CompareConfig, ModelConfig
+from equipoise import METHODS
+from equipoise.config import CompareConfig, ModelConfig, OptimizerConfig, TrainConfig
 from equipoise.errors import UserError
-from equipoise.training.contenders import contenders
+from equipoise.training.contenders import Contender, contenders
 
 
 def config(*items: str, methods=("unbalanced", "loss_free"), **changes) -> CompareConfig:
@@ -56,9 +57,43 @@ def test_the_step_of_a_bias_follows_the_length_of_the_run_unless_the_user_chose_
     assert scaled("bias.rate=0.5") == [(), ("bias.rate=0.5",)]
     assert scaled("bias.rule=linear") == [(), ("bias.rule=linear",)]
     assert scaled("bias.rule='rms'") == [(), ("bias.rule='rms'",)]
-    assert scaled("bias.rule=sign") == [(), ("bias.rule=sign", "bias.rate=0.019")]
+    for written in ("sign", "'sign'", '"sign"'):
+        assert scaled(f"bias.rule={written}") == [(), (f"bias.rule={written}", "bias.rate=0.019")]
     assert scaled(sweep=("bias.rule=sign,rms",)) == [(), ("bias.rule=sign", "bias.rate=0.019"), ("bias.rule=rms",)]
     assert scaled(sweep=("bias.rate=1,2",)) == [(), ("bias.rate=1",), ("bias.rate=2",)]
+
+
+def test_the_step_of_a_bias_is_the_published_one_in_a_long_run():
+    row = contenders(config())["loss_free"]
+    assert [row.scaled(steps) for steps in (1, 700, 1500, 40_000)] == [
+        ("bias.rate=1.5",),
+        ("bias.rate=0.0021",),
+        ("bias.rate=0.001",),
+        ("bias.rate=0.001",),
+    ]
+
+
+def test_a_method_whose_own_rule_is_no_sign_keeps_its_step_until_the_user_takes_signs():
+    def scaled(*args: str) -> dict[str, tuple[str, ...]]:
+        rows = contenders(config(*args, methods=("primal_dual", "kmeans")))
+        return {name: row.scaled(80) for name, row in rows.items()}
+
+    assert scaled() == {"primal_dual": (), "kmeans": ("bias.rate=0.019",)}
+    assert scaled("bias.rule=sign")["primal_dual"] == ("bias.rule=sign", "bias.rate=0.019")
+
+
+def test_the_step_joins_all_other_settings_also_those_that_the_user_did_not_choose():
+    row = Contender("mine", METHODS["loss_free"], items=("top_k.drop=position", "a.b=1"), chosen=())
+    assert row.scaled(80) == ("top_k.drop=position", "a.b=1", "bias.rate=0.019")
+
+
+def test_a_run_shares_all_with_the_comparison_but_its_method_settings_seed_and_folder():
+    shared = {"optimizer": OptimizerConfig(batch_size=3), "flops": 1e9, "device": "cpu", "dtype": "bf16", "threads": 5}
+    model = ModelConfig(dim=24, method="switch", set=("bias.rate=0.5",))
+    base = CompareConfig(methods=("unbalanced", "loss_free"), model=model, out="all", **shared)
+    run = contenders(base)["loss_free"].run(base, ("bias.rate=0.25",), seed=7, out="one")
+    own = ModelConfig(dim=24, method="loss_free", set=("bias.rate=0.25",))
+    assert run == TrainConfig(model=own, seed=7, out="one", tensorboard=False, **shared)
 
 
 @pytest.mark.parametrize(

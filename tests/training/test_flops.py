@@ -136,6 +136,18 @@ def test_by_hand():
     assert ledger.step_flops(6, [12]) == ledger.per_token() * 6
 
 
+def test_a_model_without_experts_is_planned_too():
+    """One dense layer of D=4, F=3; sequences of 3."""
+    sizes = {"dim": 4, "num_layers": 1, "num_heads": 1, "hidden_dim": 3, "dense_layers": 1}
+    model = Decoder(ModelConfig(**sizes), V)
+    ledger = Ledger.of(model, seq_len=3)
+    dense = sum(weight.numel() for weight in model.layers[0].dense.parameters())
+    token = 2 * (4 * 12 + 4 * 4) + 2 * 2 * 3 * 4 + 2 * dense + 2 * 4 * V
+    assert ledger.plan == {0: ()}
+    assert ledger.per_token(7).total == 3 * token
+    assert ledger.steps(13 * 3.0 * token * 11, tokens=13) == 11
+
+
 def test_each_layer_needs_its_rows():
     with pytest.raises(UserError, match="There are 3 MoE layers"):
         Ledger.of(Decoder(ModelConfig(**SMALL, method="unbalanced"), V), 7).step_flops(7, [14, 14])

@@ -42,6 +42,9 @@ class DirectRouter:
         released, self._outbox = self._outbox, []
         return released
 
+    def withdraw(self, request_id: int) -> None:
+        """Nothing waits here."""
+
     def on_prefilled(self, replica: str, request_id: int, now: float) -> None:
         """Note a first token."""
         self._fleet.prefilled(replica, request_id, now)
@@ -68,8 +71,8 @@ class DirectRouter:
         return len(self._outbox)
 
     def load(self, name: str) -> int:
-        """Prompt tokens sent to a replica and not prefilled."""
-        return self._fleet[name].sent_tokens
+        """Prompt tokens that a replica has to compute."""
+        return self._fleet[name].load
 
     def entries(self) -> int:
         """Entries in the router's memory of prefixes."""
@@ -90,9 +93,7 @@ def min_ttft(fleet: Fleet, request: Request, now: float) -> Replica:
     Source: the baseline of DualMap (arXiv 2602.06502), as Mooncake schedules prefills (FAST'25). Differs: no transfer
     of caches between replicas.
     """
-    return min(
-        fleet, key=lambda replica: (replica.sent_tokens + fleet.missing(replica, request), replica.running_blocks)
-    )
+    return min(fleet, key=lambda replica: (replica.load + fleet.missing(replica, request), replica.running_blocks))
 
 
 def affinity(fleet: Fleet, request: Request, now: float) -> Replica:
@@ -165,4 +166,4 @@ class Preble:
 
 
 def _load(replica: Replica) -> tuple[int, int]:
-    return replica.sent_tokens, replica.running_blocks
+    return replica.load, replica.running_blocks

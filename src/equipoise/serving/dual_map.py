@@ -44,7 +44,7 @@ class DualMap:
         self._pairs = Pairs(replica.name for replica in self._fleet)
         self._key_length = KeyLength(self._settings.window)
         self._queues = Queues(self._fleet, self._settings, self._pairs.after, on_move)
-        self._num_waiting = 0
+        self._waiting: dict[int, Waiting] = {}
         self._ready: dict[str, None] = {}  # replicas that may be sent something, in the order of events
 
     @property
@@ -70,7 +70,7 @@ class DualMap:
         other = second if home is first else first
         waiting = Waiting(request, now, home.name, other.name, self._fleet.missing(home, request))
         self._queues[home.name].add(waiting)
-        self._num_waiting += 1
+        self._waiting[request.id] = waiting
         self._ready[home.name] = None
         both = dict.fromkeys((home.name, other.name))
         if all(self._queues.is_overloaded(name, now) for name in both):
@@ -92,10 +92,15 @@ class DualMap:
                 waiting = queue.next(now - self._settings.max_wait)
                 queue.remove(waiting)
                 self._fleet.send(replica, waiting.request, now)
+                del self._waiting[waiting.request.id]
                 released.append((name, waiting.request))
         self._ready.clear()
-        self._num_waiting -= len(released)
         return released
+
+    def withdraw(self, request_id: int) -> None:
+        """Forget a request that waits: nobody wants its answer any more."""
+        waiting = self._waiting.pop(request_id)
+        self._queues[waiting.home].remove(waiting)
 
     def on_prefilled(self, replica: str, request_id: int, now: float) -> None:
         """Note a first token; the replica may be sent the next prompt."""
@@ -122,7 +127,8 @@ class DualMap:
     def remove_replica(self, name: str, now: float) -> list[Request]:
         """Take a replica off both rings. Returns those it was sent and did not finish, and those that waited for it."""
         sent, waited = self._fleet.remove(name), self._queues.close(name)
-        self._num_waiting -= len(waited)
+        for request in waited:
+            del self._waiting[request.id]
         self._ready.pop(name, None)
         self._pairs.remove(name)
         if len(self._fleet):
@@ -131,10 +137,10 @@ class DualMap:
 
     def waiting(self) -> int:
         """Requests that were submitted and not released."""
-        return self._num_waiting
+        return len(self._waiting)
 
     def load(self, name: str) -> int:
-        """Prompt tokens that wait for a replica, or were sent there and are not prefilled."""
+        """Prompt tokens that wait for a replica, or that it has to compute already."""
         return self._queues.load(name)
 
     def entries(self) -> int:
@@ -162,12 +168,14 @@ class DualMap:
         return bool(blake2b(data, digest_size=1).digest()[0] & 1)
 
     def _has_room(self, replica: Replica, now: float) -> bool:
-        """Within the token budget, and idle or, where several prompts are allowed, lately heard of."""
+        """Takes one more, within the token budget, and idle or, where several prompts are allowed, lately heard of."""
+        if len(replica.running) >= self._fleet.most_running:
+            return False
         sent, settings = len(replica.sent), self._settings
         if sent == 0:
             return True
         lately = now - replica.prefilled_at < settings.fresh_seconds
-        return sent < settings.in_flight and lately and replica.sent_tokens < settings.route_limit
+        return sent < settings.in_flight and lately and replica.load < settings.route_limit
 
     def _relieve(self, name: str, now: float) -> None:
         self._ready.update(dict.fromkeys(self._queues.relieve(name, now)))

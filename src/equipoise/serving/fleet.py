@@ -17,6 +17,7 @@ class Replica:
     Attributes:
         sent: tokens that each request lacks there, by request id, of those sent and not prefilled.
         sent_tokens: their sum.
+        others_tokens: what the replica last said that it has to compute beside them, for other routers.
         running: requests sent and not finished, by id.
         running_blocks: the blocks of their prompts.
         prefilled_at: when it last finished a prompt, s.
@@ -27,10 +28,16 @@ class Replica:
     cache: PrefixCache
     sent: dict[int, int] = field(default_factory=dict)
     sent_tokens: int = 0
+    others_tokens: int = 0
     running: dict[int, Request] = field(default_factory=dict)
     running_blocks: int = 0
     prefilled_at: float = -float("inf")
     heard_at: float = 0.0
+
+    @property
+    def load(self) -> int:
+        """Prompt tokens that it has to compute, as far as the router knows."""
+        return self.sent_tokens + self.others_tokens
 
 
 class Fleet:
@@ -41,6 +48,9 @@ class Fleet:
         cache_tokens: tokens that a replica's context cache keeps, as far as the router knows.
         block_tokens: tokens per block.
         patience: seconds after which a replica that owes an answer and gives no sign of life counts as down.
+
+    Attributes:
+        most_running: requests that one replica takes at a time; a router that can let the others wait does.
     Fails: UserError without replicas, for a name that comes twice, or a number that is not positive.
     """
 
@@ -54,6 +64,7 @@ class Fleet:
         require(0 < block_tokens <= cache_tokens, "block_tokens must be above 0 and at most cache_tokens.")
         require(patience > 0, f"patience must be above 0 s, not {patience}.")
         self._capacity, self._block_tokens, self._patience = cache_tokens // block_tokens, block_tokens, patience
+        self.most_running = float("inf")
         self._replicas: dict[str, Replica] = {}
         for name in replicas:
             self.add(name)
@@ -123,6 +134,11 @@ class Fleet:
         replica.running_blocks -= len(replica.running.pop(request_id).blocks)
         replica.heard_at = now
         return True
+
+    def reported(self, name: str, pending_tokens: int) -> None:
+        """Note the prompt tokens that a replica says it has to compute: what this router did not send is others'."""
+        replica = self._replicas[name]
+        replica.others_tokens = max(pending_tokens - replica.sent_tokens, 0)
 
     def heard(self, name: str, now: float) -> None:
         """Note a sign of life, such as a token of any answer."""

@@ -44,8 +44,8 @@ class Queues:
         return [waiting.request for waiting in self._queues.pop(name).all()]
 
     def load(self, name: str) -> int:
-        """Prompt tokens that wait for a replica, or were sent there and are not prefilled."""
-        return self._queues[name].tokens + self._fleet[name].sent_tokens
+        """Prompt tokens that wait for a replica, or that it has to compute already."""
+        return self._queues[name].tokens + self._fleet[name].load
 
     def is_overloaded(self, name: str, now: float) -> bool:
         """More tokens than the limit, or someone has waited too long."""
@@ -133,7 +133,7 @@ class Queues:
         )
 
     def _until_first(self, waiting: Waiting, name: str, missing: int, ahead: TokensAhead) -> int:
-        return self._fleet[name].sent_tokens + ahead.of(waiting.rank_with(missing)) + missing
+        return self._fleet[name].load + ahead.of(waiting.rank_with(missing)) + missing
 
     def _move(self, waiting: Waiting, target: str) -> None:
         source = waiting.home

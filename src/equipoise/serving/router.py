@@ -31,6 +31,10 @@ class Router(Protocol):
         """What is to be sent now; it counts as sent."""
         ...
 
+    def withdraw(self, request_id: int) -> None:
+        """Forget a request that waits: nobody wants its answer any more."""
+        ...
+
     def on_prefilled(self, replica: str, request_id: int, now: float) -> None:
         """A replica gave a request's first token. An answer that nobody waits for changes nothing."""
         ...
@@ -56,7 +60,7 @@ class Router(Protocol):
         ...
 
     def load(self, name: str) -> int:
-        """Prompt tokens that wait for a replica, or were sent there and are not prefilled."""
+        """Prompt tokens that wait for a replica, or that it has to compute already."""
         ...
 
     def entries(self) -> int:
