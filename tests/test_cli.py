@@ -176,9 +176,11 @@ def test_a_process_exits_with_the_code_and_nothing_but_the_sentence(tmp_path: Pa
     assert done.stderr.count("\n") == 1
 
 
-def test_a_reader_that_has_seen_enough_is_no_traceback(monkeypatch) -> None:
+@pytest.mark.parametrize("more", [[], ["loss_free"]], ids=["much", "little"])
+def test_a_reader_that_has_seen_enough_is_no_traceback(monkeypatch, more: list[str]) -> None:
+    """Also where all that is printed fits into a buffer, and is written at the end."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else what is left to write at the end is nothing
-    command = [sys.executable, "-m", "equipoise", "methods", "--json"]
+    command = [sys.executable, "-m", "equipoise", "methods", "--json", *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""

@@ -13,7 +13,7 @@ from ray.serve.config import RequestRouterConfig
 
 from equipoise.errors import UserError
 from equipoise.serving.ray_config import router_config
-from equipoise.serving.ray_router import NoReplicasError
+from equipoise.serving.ray_errors import NoReplicasError
 from equipoise.serving.unbroken import LOST, unbroken
 from examples.serving import openai_api
 from examples.serving.engine import Engine, EngineSettings

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from equipoise.errors import require
-from equipoise.serving.ray_router import NoReplicasError
+from equipoise.serving.ray_errors import NoReplicasError
 from equipoise.serving.unbroken import LOST
 
 MODEL = "small"

@@ -96,7 +96,8 @@ def test_machines_get_the_same_of_one_or_all(said):
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
 @pytest.mark.parametrize(
-    ("typed", "hint"), [("swich", " (did you mean 'switch'?)"), ("Loss-Free", " (did you mean 'loss_free'?)"), ("q3", "")]
+    ("typed", "hint"),
+    [("swich", " (did you mean 'switch'?)"), ("Loss-Free", " (did you mean 'loss_free'?)"), ("q3", "")],
 )
 def test_an_unknown_name_is_one_sentence_with_the_nearest_and_all(capsys, typed: str, hint: str, more: list[str]):
     assert cli.main(["methods", typed, *more]) == 2

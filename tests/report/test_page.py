@@ -58,6 +58,11 @@ def test_nothing_is_loaded_from_elsewhere(page):
         assert text in page
 
 
+def test_the_window_is_named_for_the_methods(page):
+    names = "unbalanced, switch, global_batch, loss_free, quantile, expert_choice"
+    assert f"<title>Equipoise: {names}</title>" in page
+
+
 def test_every_picture_has_its_place(page):
     divs = {attributes["id"] for _, attributes in Elements(page).elements if attributes.get("class") == "plot"}
     assert divs == set(data_of(page)["plots"]) == {"loss", "max-vio", "domain", *(f"load-{n}" for n in range(6))}

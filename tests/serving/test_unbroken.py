@@ -6,8 +6,7 @@ pytest.importorskip("ray.serve", reason="needs Ray: pip install 'equipoise[serve
 
 from ray.serve._private.common import DeploymentID
 
-from equipoise.serving.ray_replica import ReplicaLostError
-from equipoise.serving.ray_router import NoReplicasError
+from equipoise.serving.ray_errors import NoReplicasError, ReplicaLostError
 from equipoise.serving.unbroken import unbroken
 
 DOWN = NoReplicasError(DeploymentID("model", "app"))

@@ -13,6 +13,8 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from equipoise.serving.ray_errors import ReplicaLostError
+
 if TYPE_CHECKING:
     from equipoise.serving.dispatcher import Dispatcher, Ticket
     from equipoise.serving.ray_router import PolicyRouter
@@ -20,10 +22,6 @@ if TYPE_CHECKING:
 HEARD_SECONDS = 1.0  # between two notes that an answer goes on
 
 Item = TypeVar("Item")
-
-
-class ReplicaLostError(Exception):
-    """The replica that had the request is gone, or gave no sign of life; the request can be sent again."""
 
 
 class ObservedReplica(RunningReplica):

@@ -9,29 +9,17 @@ import weakref
 from functools import partial
 from typing import Any
 
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from equipoise.errors import UserError, require
 from equipoise.serving.dispatcher import Dispatcher, Ticket
 from equipoise.serving.ray_config import RouterOptions  # first: it says what to install where Ray is not
+from equipoise.serving.ray_errors import NoReplicasError
 from equipoise.serving.ray_replica import ObservedReplica
 
 TICK = 0.1  # seconds between two looks at what waits, as in the replay
 
 logger = logging.getLogger("ray.serve")
-
-
-class NoReplicasError(DeploymentUnavailableError):
-    """No replica is running; Ray Serve answers HTTP requests with 503."""
-
-    @property
-    def message(self) -> str:
-        """What happened, and what to do."""
-        return f"No replica of {self._deployment_id} is running; try again soon."
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class PolicyRouter(RequestRouter):

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from equipoise.serving.ray_replica import ReplicaLostError
-from equipoise.serving.ray_router import NoReplicasError
+from equipoise.serving.ray_errors import NoReplicasError, ReplicaLostError
 
 LOST = (ReplicaLostError, ActorDiedError, ActorUnavailableError)
 

@@ -1,0 +1,242 @@
+"""A really running Ray Serve: replicas of a small model behind OpenAI's API, clients in processes of their own."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray.serve", reason="needs Ray: pip install 'equipoise[serve]'")
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the examples are no part of the package
+
+from examples.serving.engine import Engine, EngineSettings  # noqa: E402
+from examples.serving.load import Answer, send  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster
+
+ENGINE = EngineSettings(width=64, layers=1, heads=2, block_tokens=16, context_tokens=2048)
+PATIENCE = 4.0
+READY_SECONDS = 120
+
+
+class Server:
+    """``python -m examples.serving`` with three replicas."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            self.port = free.getsockname()[1]
+        router = {"slo": 1.0, "prefill_seconds": 2e-4, "max_wait": 0.6, "patience": PATIENCE}
+        engine = {
+            name: getattr(ENGINE, name) for name in ("width", "layers", "heads", "block_tokens", "context_tokens")
+        }
+        command = [sys.executable, "-m", "examples.serving", "--replicas", "3", "--port", str(self.port)]
+        command += ["--router", json.dumps(router), "--engine", json.dumps(engine)]
+        quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        self.log = folder / "log.txt"
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | quiet, stdin=-1, stdout=-1, stderr=log, text=True
+            )
+        self.url = f"http://localhost:{self.port}"
+        self._wait_for("ready")
+
+    def replicas(self, number: int) -> None:
+        """Run so many, and wait until they do."""
+        self._write(f"{number}\n")
+        self._wait_for("ready")
+
+    def processes(self) -> dict[str, int]:
+        """The live replicas' processes by name, as their answers name them."""
+        found: dict[str, int] = {}
+        deadline = time.monotonic() + READY_SECONDS
+        while len(found) < 3 and time.monotonic() < deadline:
+            text = f"{time.monotonic_ns() % 10**9} begins unlike the others, so any replica may get it"
+            name, process = self.chat(text, 1)["system_fingerprint"].split("/")
+            found[name] = int(process)
+        return found
+
+    def chat(self, text: str, max_tokens: int, **more: Any) -> dict[str, Any]:
+        return self.post({"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, **more})
+
+    def post(self, body: Any) -> dict[str, Any]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/v1/chat/completions", data)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    def refusal(self, body: Any) -> tuple[int, str]:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            self.post(body)
+        with caught.value as error:
+            return error.code, json.load(error)["error"]["message"]
+
+    def close(self) -> None:
+        self._write("\n")
+        self._process.wait(60)
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+    def _write(self, text: str) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(text)
+        self._process.stdin.flush()
+
+    def _wait_for(self, word: str) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return
+        pytest.fail(f"The server ended: {self.log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("serve"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Engine]:
+    """The same model in this process: what every replica must answer."""
+    engine = Engine(ENGINE)
+    yield engine
+    engine.close()
+
+
+def expected(engine: Engine, text: str, max_tokens: int) -> str:
+    async def answer() -> str:
+        prompt = f"user\n{text}\n".encode()
+        return "".join([chr(token.id) async for token in engine.stream("", prompt, max_tokens)])
+
+    return asyncio.run(answer())
+
+
+def prompts(count: int, beginnings: int) -> list[str]:
+    """So many beginnings of 20 blocks, one after the other, and for each prompt an end of its own."""
+    return [f"{place % beginnings:<16}" * 20 + f"{place} Now go on!" + "x" * (place % 97) for place in range(count)]
+
+
+def test_streamed_or_not_the_answer_is_the_models_and_a_known_beginning_is_cached(server, alone):
+    text = "Tell me of the sea. " * 20
+    first, second = (server.chat(text, 23) for _ in range(2))
+    answer = expected(alone, text, 23)
+    assert [reply["choices"][0]["message"]["content"] for reply in (first, second)] == [answer, answer]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["usage"] == {
+        "prompt_tokens": 406,
+        "completion_tokens": 23,
+        "prompt_tokens_details": {"cached_tokens": 400},
+    }
+    assert first["system_fingerprint"] == second["system_fingerprint"]
+    [streamed] = send(server.url, [(0.0, text, 23)], processes=1)
+    assert (streamed.text, streamed.ends, streamed.error) == (answer, 1, "")
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"{", "Expecting"),
+        ([], "The request is no JSON object."),
+        ({"messages": []}, "messages must be a list of at least one."),
+        ({"messages": [{"role": "user"}]}, "Each message must have a role and a content, both text."),
+        ({"messages": [{"role": "user", "content": ""}]}, "All messages are empty."),
+        ({"messages": [{"role": "user", "content": "x" * 3000}]}, "may have 2048 tokens together, not 3022"),
+        ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"messages": [{"role": "user", "content": "x"}], "temperature": 1}, "temperature must be 0"),
+    ],
+)
+def test_a_bad_request_is_one_sentence_and_status_400(server, body, sentence):
+    status, message = server.refusal(body)
+    assert status == 400
+    assert sentence in message
+    assert "\n" not in message
+
+
+def test_what_begins_alike_stays_with_two_replicas_and_the_rest_uses_all(server):
+    alike = send(server.url, [(0.02 * place, text, 2) for place, text in enumerate(prompts(30, 1))])
+    assert len({answer.replicas[0] for answer in alike}) <= 2
+    assert sum(answer.cached_tokens for answer in alike) > 0.7 * sum(answer.prompt_tokens for answer in alike)
+    different = send(server.url, [(0.02 * place, f"{place} " * 100, 2) for place in range(30)])
+    assert len({answer.replicas[0] for answer in different}) == 3
+
+
+def test_a_client_that_goes_away_leaves_no_load_behind(server):
+    """Were its place still taken, the replica, which is sent one prompt at a time, would get no other."""
+    for place in range(6):
+        body = json.dumps(
+            {"messages": [{"role": "user", "content": f"{place} " * 200}], "max_tokens": 1000, "stream": True}
+        )
+        with socket.create_connection(("localhost", server.port)) as connection:
+            connection.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            connection.recv(100)
+    assert all(answer.ends == 1 for answer in send(server.url, [(0.0, f"{n} " * 50, 3) for n in range(12)]))
+
+
+def assert_nothing_lost(answers: list[Answer], texts: list[str], tokens: int, engine: Engine) -> None:
+    assert [answer.error for answer in answers if answer.error] == []
+    assert [answer.ends for answer in answers] == [1] * len(answers)
+    for answer, text in zip(answers, texts, strict=True):
+        assert answer.text == expected(engine, text, tokens), f"request {answer.id}, by {answer.replicas}"
+
+
+def test_replicas_that_die_hang_and_come_lose_nothing_and_answer_nothing_twice(server, alone):
+    """Three client processes; answers last long enough that some break off, and must go on elsewhere."""
+    texts, tokens = prompts(90, 30), 40
+    processes = list(server.processes().values())
+    faults = f"""
+import os, signal, time
+time.sleep(3)
+os.kill({processes[0]}, signal.SIGKILL)
+time.sleep(3)
+os.kill({processes[1]}, signal.SIGSTOP)
+time.sleep({PATIENCE} + 3)
+os.kill({processes[1]}, signal.SIGKILL)
+"""
+    with subprocess.Popen([sys.executable, "-c", faults]) as process:
+        answers = send(server.url, [(0.12 * place, text, tokens) for place, text in enumerate(texts)])
+        process.wait()
+    assert_nothing_lost(answers, texts, tokens, alone)
+    gone = {name.split("/")[1] for answer in answers for name in answer.replicas} & {str(pid) for pid in processes[:2]}
+    assert len(gone) == 2, "both must have answered before"
+    assert "owes answers and is silent" in server.log.read_text()
+    server.replicas(4)
+    names = {answer.replicas[0] for answer in send(server.url, [(0.01 * n, f"{n} " * 60, 2) for n in range(60)])}
+    assert len(names) == 4
+
+
+def test_without_a_replica_requests_are_refused_with_503_and_the_next_replicas_answer(server, alone):
+    """Ray starts new ones by itself."""
+    for process in server.processes().values():
+        os.kill(process, signal.SIGKILL)
+    status, message, wait = 0, "", ""
+    while status != 503:
+        try:
+            server.chat("Is anybody there?", 1)
+            subprocess.run(["pkill", "-9", "-f", "ray::ServeReplica:small"], check=False)
+        except urllib.error.HTTPError as error:
+            with error:
+                status, message, wait = error.code, json.load(error)["error"]["message"], error.headers["retry-after"]
+    assert wait == "1"
+    assert "No replica of" in message
+    assert "try again soon" in message
+    text = "And now?"
+    [answer] = send(server.url, [(0.0, text, 5)], processes=1)
+    assert_nothing_lost([answer], [text], 5, alone)
