@@ -176,11 +176,13 @@ def test_a_process_exits_with_the_code_and_nothing_but_the_sentence(tmp_path: Pa
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("more", [[], ["loss_free"]], ids=["much", "little"])
-def test_a_reader_that_has_seen_enough_is_no_traceback(monkeypatch, more: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words", [["methods", "--json"], ["methods", "--json", "loss_free"], ["--help"], ["--version"]]
+)
+def test_a_reader_that_has_seen_enough_is_no_traceback(monkeypatch, words: list[str]) -> None:
     """Also where all that is printed fits into a buffer, and is written at the end."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else what is left to write at the end is nothing
-    command = [sys.executable, "-m", "equipoise", "methods", "--json", *more]
+    command = [sys.executable, "-m", "equipoise", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""

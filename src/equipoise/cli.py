@@ -27,6 +27,16 @@ DONE, FAILED, MISUSE = 0, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 failed, 2 misuse, 128 + number after a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _main(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return DONE if words else MISUSE
@@ -69,16 +79,12 @@ def _run(command: str, words: list[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             module.run(config, known.json)
-        sys.stdout.flush()
     except UserError as error:
         print(f"equipoise: {error}", file=sys.stderr)
         return MISUSE
     except Interrupted as stop:
         print(f"equipoise: {stop}", file=sys.stderr)
         return 128 + stop.signal
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except KeyboardInterrupt:
         print("equipoise: Stopped by SIGINT.", file=sys.stderr)
         return 128 + signal.SIGINT

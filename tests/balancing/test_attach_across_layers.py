@@ -1,9 +1,10 @@
 """Parts whose state is one over all layers: whose counts move them."""
 
+import pytest
 import torch
 from torch import nn
 
-from equipoise import MoE
+from equipoise import MoE, UserError
 from hand_made import attach_still
 
 SIZES = {"dim": 7, "hidden_dim": 5, "num_experts": 5, "top_k": 2, "kernel": "loop"}
@@ -44,3 +45,13 @@ def test_a_part_that_is_one_over_all_layers_moves_by_the_sums_of_those_that_have
         last = model[name].window.last
         assert torch.equal(last["bias.demand_E"], own[name])
         assert not any(key.endswith(".layers") for key in last)
+
+
+def test_layers_of_unequal_numbers_of_experts_cannot_share_what_counts_for_each_expert():
+    def model(method: str) -> nn.ModuleList:
+        return nn.ModuleList([MoE(**SIZES | {"num_experts": number}, method=method) for number in (5, 6)])
+
+    with pytest.raises(UserError, match="Layers that share pool_loss must have equally many experts"):
+        attach_still(model("unipool"))
+    for method in ("relu", "loss_free"):  # one counts no experts, the other's layers share nothing
+        attach_still(model(method))

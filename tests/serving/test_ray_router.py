@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))  # the examples are no part of the package
 
 from examples.serving.engine import Engine, EngineSettings  # noqa: E402
 from examples.serving.load import Answer, send  # noqa: E402
+from examples.serving.process import ServerProcess  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster
 
@@ -31,32 +32,12 @@ PATIENCE = 4.0
 READY_SECONDS = 120
 
 
-class Server:
-    """``python -m examples.serving`` with three replicas."""
+class Server(ServerProcess):
+    """Three replicas, and what tests ask them."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            self.port = free.getsockname()[1]
         router = {"slo": 1.0, "prefill_seconds": 2e-4, "max_wait": 0.6, "patience": PATIENCE}
-        engine = {
-            name: getattr(ENGINE, name) for name in ("width", "layers", "heads", "block_tokens", "context_tokens")
-        }
-        command = [sys.executable, "-m", "examples.serving", "--replicas", "3", "--port", str(self.port)]
-        command += ["--router", json.dumps(router), "--engine", json.dumps(engine)]
-        quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-        self.log = folder / "log.txt"
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | quiet, stdin=-1, stdout=-1, stderr=log, text=True
-            )
-        self.url = f"http://localhost:{self.port}"
-        self._wait_for("ready")
-
-    def replicas(self, number: int) -> None:
-        """Run so many, and wait until they do."""
-        self._write(f"{number}\n")
-        self._wait_for("ready")
+        super().__init__(folder / "log.txt", 3, "dual_map", ENGINE, router)
 
     def processes(self) -> dict[str, int]:
         """The live replicas' processes by name, as their answers name them."""
@@ -82,26 +63,6 @@ class Server:
             self.post(body)
         with caught.value as error:
             return error.code, json.load(error)["error"]["message"]
-
-    def close(self) -> None:
-        self._write("\n")
-        self._process.wait(60)
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.stdout.close()
-
-    def _write(self, text: str) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(text)
-        self._process.stdin.flush()
-
-    def _wait_for(self, word: str) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith(word):
-                return
-        pytest.fail(f"The server ended: {self.log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +178,7 @@ os.kill({processes[1]}, signal.SIGKILL)
     gone = {name.split("/")[1] for answer in answers for name in answer.replicas} & {str(pid) for pid in processes[:2]}
     assert len(gone) == 2, "both must have answered before"
     assert "owes answers and is silent" in server.log.read_text()
-    server.replicas(4)
+    server.scale(4)
     names = {answer.replicas[0] for answer in send(server.url, [(0.01 * n, f"{n} " * 60, 2) for n in range(60)])}
     assert len(names) == 4
 

@@ -57,7 +57,7 @@ def test_the_step_of_a_bias_follows_the_length_of_the_run_unless_the_user_chose_
     assert scaled("bias.rate=0.5") == [(), ("bias.rate=0.5",)]
     assert scaled("bias.rule=linear") == [(), ("bias.rule=linear",)]
     assert scaled("bias.rule='rms'") == [(), ("bias.rule='rms'",)]
-    for written in ("sign", "'sign'", '"sign"'):
+    for written in ("sign", "'sign'", '"sign"', " 'sign'", "'sign'  # of the error"):
         assert scaled(f"bias.rule={written}") == [(), (f"bias.rule={written}", "bias.rate=0.019")]
     assert scaled(sweep=("bias.rule=sign,rms",)) == [(), ("bias.rule=sign", "bias.rate=0.019"), ("bias.rule=rms",)]
     assert scaled(sweep=("bias.rate=1,2",)) == [(), ("bias.rate=1",), ("bias.rate=2",)]
@@ -83,7 +83,7 @@ def test_a_method_whose_own_rule_is_no_sign_keeps_its_step_until_the_user_takes_
 
 
 def test_the_step_joins_all_other_settings_also_those_that_the_user_did_not_choose():
-    row = Contender("mine", METHODS["loss_free"], items=("top_k.drop=position", "a.b=1"), chosen=())
+    row = Contender("mine", METHODS["loss_free"], items=("top_k.drop=position", "a.b=1"))
     assert row.scaled(80) == ("top_k.drop=position", "a.b=1", "bias.rate=0.019")
 
 

@@ -17,7 +17,7 @@ from equipoise.training import isoflop as module
 from equipoise.training.contenders import contenders
 from equipoise.training.run import RESULT_FILE, RUNS
 from equipoise.training.text import read_text
-from tiny_runs import Killed, write_text
+from tiny_runs import Killed, no_file_above, write_text
 
 MODEL = ModelConfig(dim=16, num_heads=1, num_layers=2, hidden_dim=8, num_experts=4, top_k=1)
 
@@ -37,9 +37,14 @@ def test_a_size_counts_what_a_token_visits_and_what_there_is():
 
 
 def test_a_shared_pool_counts_once():
+    """Also where the method comes from the comparison, not from its model."""
     size = module._size(replace(MODEL, method="unipool"), 32, vocab_size=256, seq_len=8)
     expert = 3 * 32 * 16
     assert size.total - size.params == (8 - 2) * expert
+    base = config(methods=("unipool",), isoflop="1e11,4e11")
+    sizes, _ = module._grid(base, contenders(base)["unipool"], 256)
+    same = next(each for each in sizes if each.model.dim == 32)
+    assert (same.model.method, same.total - same.params) == ("unipool", (8 - 2) * expert)
 
 
 def test_every_budget_gets_sizes_around_what_it_pays_for():
@@ -106,10 +111,18 @@ def test_budgets_must_be_numbers_above_zero(words):
         module.budgets(config(isoflop=words))
 
 
+def test_budgets_whose_runs_would_share_a_folder_are_refused():
+    with pytest.raises(UserError, match="must differ in their first six digits"):
+        module.budgets(config(isoflop="1.0000001e11,1.0000002e11"))
+    assert module.budgets(config(isoflop="1.00001e11,1.00002e11")) == [1.00001e11, 1.00002e11]
+
+
 def test_budgets_that_no_size_fits_are_refused_before_anything_is_trained(tmp_path: Path):
     data = DataConfig(source=str(write_text(tmp_path / "text")), seq_len=16, validation_tokens=128)
     with pytest.raises(UserError, match="candidate sizes"):
         module.isoflop(config(isoflop="1e6,2e6", out=str(tmp_path / "out"), data=data))
+    with pytest.raises(UserError, match="exactly one of flops, minutes and isoflop, not flops and isoflop"):
+        module.isoflop(config(flops=1e9, isoflop="1e6,2e6", out=str(tmp_path / "out"), data=data))
     assert not (tmp_path / "out").exists()
 
 
@@ -139,7 +152,7 @@ class Grid:
         digest = read_text(given.data, given.optimizer, seed=0).digest
         lines = []
         for number, (name, budget, seed, size) in enumerate(runs):
-            folder = self.out / RUNS / f"{name}-{budget:g}-dim{size.model.dim}-seed{seed}"
+            folder = self.out / RUNS / f"{name.replace(' ', '-')}-{budget:g}-dim{size.model.dim}-seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             tokens = 1000 + number
             result = {"tokens": tokens, "flops": 7 * size.params * tokens, "loss": 3 + number / 64}
@@ -166,12 +179,12 @@ def grid(tmp_path: Path, monkeypatch) -> Grid:
 
 
 def test_finished_runs_are_read_not_repeated_one_line_each(grid: Grid):
-    given = grid.config(methods=("switch", "loss_free"), seeds=2)
+    given = grid.config(methods=("switch", "loss_free"), sweep=("bias.rate=0.5,0.25",), seeds=2)
     runs = grid.runs(given)
     assert [(name, budget, seed) for name, budget, seed, _ in runs] == [
         (name, budget, seed)
         for seed in (0, 1)
-        for name in ("switch", "loss_free")
+        for name in ("switch", "loss_free bias.rate=0.5", "loss_free bias.rate=0.25")
         for budget in (1e11, 4e11)
         for _ in range(7)
     ]
@@ -180,7 +193,8 @@ def test_finished_runs_are_read_not_repeated_one_line_each(grid: Grid):
     assert grid.lines() == expected
     assert {method: len(found.params) for method, found in read_runs(grid.out / "isoflop.csv").items()} == {
         "switch": 28,
-        "loss_free": 28,
+        "loss_free bias.rate=0.5": 28,
+        "loss_free bias.rate=0.25": 28,
     }
 
 
@@ -212,6 +226,29 @@ def test_budgets_seeds_and_methods_may_join_but_no_other_model(grid: Grid):
     module.isoflop(more)
     assert grid.lines() == expected
     assert len(expected) == 3 * 2 * 2 * 7
+
+
+def test_a_budget_that_joins_cuts_no_line_away_before_its_own_are_there(grid: Grid):
+    given = grid.config()
+    first = grid.finish(given, grid.runs(given))
+    module.isoflop(given)
+    more = grid.config(isoflop="1e11,2e11,4e11")
+    with pytest.raises(Killed):
+        module.isoflop(more)
+    assert grid.lines() == first
+    expected = grid.finish(more, grid.runs(more))
+    module.isoflop(more)
+    assert grid.lines() == expected
+
+
+def test_a_full_disk_keeps_whole_lines(grid: Grid):
+    given = grid.config(methods=("switch", "loss_free"), seeds=3)
+    expected = grid.finish(given, grid.runs(given))
+    with no_file_above(3000), pytest.raises(UserError, match=r"Cannot write .*make room"):
+        module.isoflop(given)
+    lines = grid.lines()
+    assert 14 < len(lines) < len(expected)
+    assert lines == expected[: len(lines)]
 
 
 def test_another_text_is_refused_and_the_lines_stay(grid: Grid):

@@ -52,6 +52,7 @@ class Handle:
         require(bool(self.layers), "The model has no MoE layer, so there is nothing to attach.")
         attached = any(layer.window.handle is not None for layer in self.layers.values())
         require(not attached, "The model is attached already; call .remove() of its handle first.")
+        _refuse_unequal(list(self.layers.values()))
         self.group = group
         self.loss_scale: Scale | None = None
         self._followed: Tensor | None = None
@@ -175,6 +176,15 @@ class _Follow(torch.autograd.Function):
         ctx.handle._followed = exact * ctx.count
         Variable._execution_engine.queue_callback(ctx.handle.forget_scale)
         return grad, None, None
+
+
+def _refuse_unequal(layers: Sequence[Any]) -> None:
+    """Fails: UserError where layers of unequal numbers of experts share a part that counts for each expert."""
+    for part in {part for layer in layers for part in layer.across_layers()}:
+        sums = [layer.blank_statistics() for layer in layers if part in layer.across_layers()]
+        shapes = [{name: value.shape for name, value in one.items() if name.startswith(f"{part}.")} for one in sums]
+        alike = all(one == shapes[0] for one in shapes)
+        require(alike, f"Layers that share {part} must have equally many experts; give them their own methods.")
 
 
 def _pool(layers: Sequence[Any], sums: list[dict[str, Tensor]]) -> None:

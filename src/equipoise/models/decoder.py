@@ -190,11 +190,11 @@ def _moe(config: ModelConfig, index: int) -> MoE:
         shared_experts=config.shared_experts,
         z_loss=config.z_loss,
         kernel=config.kernel,
-        **_settings(config.set),
+        **settings_of(config.set),
     )
 
 
-def _settings(items: tuple[str, ...]) -> dict[str, Any]:
+def settings_of(items: tuple[str, ...]) -> dict[str, Any]:
     """Settings from ``part.setting=value``; values are written as in TOML, but a word needs no quotes."""
     settings: dict[str, Any] = {}
     for name, text in (item.split("=", 1) for item in items):

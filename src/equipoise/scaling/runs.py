@@ -97,14 +97,14 @@ def read_runs(path: str | Path) -> dict[str, Runs]:
     groups: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
         groups.setdefault(str(row.get("method") or ""), []).append(position)
-    return {method: _of_rows(rows, names, places, lines) for method, places in groups.items()}
-
-
-def _of_rows(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], places: Sequence[int], lines: Sequence[str]
-) -> Runs:
-    columns = {name: [_number(rows[place].get(name), name, lines[place]) for place in places] for name in names}
-    return Runs.of(lambda index: lines[places[index]], **columns)
+    found = {}
+    for method, places in groups.items():
+        columns = {name: [_number(rows[place].get(name), name, lines[place]) for place in places] for name in names}
+        try:
+            found[method] = Runs.of(lambda index, places=places: lines[places[index]], **columns)
+        except UserError as error:
+            raise UserError(f"{method}: {error}" if method else str(error)) from error
+    return found
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

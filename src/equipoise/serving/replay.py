@@ -88,7 +88,7 @@ def replay(
         router = build(policy, names, settings.costs, replace(settings.dual_map, slo=settings.slo))
         progress = None if on_progress is None else lambda done, policy=policy: on_progress(policy, done)
         outcome = Simulator(router, sent, settings.costs, settings.faults, progress).run()
-        found[policy] = _measured(sent, outcome, settings, bound) | _router_facts(router, outcome, len(sent))
+        found[policy] = measured(sent, outcome, settings, bound) | _router_facts(router, outcome, len(sent))
     return {"settings": _facts(sent, replicas, settings), "policies": found}
 
 
@@ -119,16 +119,17 @@ def hit_tokens_bound(requests: Sequence[Request], block_tokens: int) -> list[int
     return bound
 
 
-def _measured(requests: Sequence[Request], outcome: Outcome, settings: ReplaySettings, bound: list[int]) -> Results:
+def measured(requests: Sequence[Request], outcome: Outcome, settings: ReplaySettings, bound: list[int]) -> Results:
+    """What one policy was worth, as `replay` says; without what its router did."""
     first = settings.warmup
-    measured = requests[first:]
+    counted = requests[first:]
     ttft = np.array(outcome.ttft[first:])
-    tokens = sum(request.input_tokens for request in measured)
+    tokens = sum(request.input_tokens for request in counted)
     within = int((ttft <= settings.slo).sum())
-    span = measured[-1].arrival - measured[0].arrival
+    span = counted[-1].arrival - counted[0].arrival
     p50, p90, p99 = np.percentile(ttft, (50, 90, 99))
     values = {
-        "capacity": within / len(measured),
+        "capacity": within / len(counted),
         "goodput": within / span if span else float(within),
         "hit_rate": sum(outcome.hit_tokens[first:]) / tokens,
         "hit_rate_bound": sum(bound[first:]) / tokens,
@@ -140,12 +141,12 @@ def _measured(requests: Sequence[Request], outcome: Outcome, settings: ReplaySet
     percentiles = np.percentile(ttft, range(101))
     return {name: _rounded(value) for name, value in values.items()} | {
         "ttft_percentiles": [_rounded(value) for value in percentiles],
-        "capacity_over_time": _over_time(measured, ttft <= settings.slo),
+        "capacity_over_time": _over_time(counted, ttft <= settings.slo),
     }
 
 
-def _over_time(measured: Sequence[Request], within: Bool[np.ndarray, " N"]) -> list[float | None]:
-    arrivals = np.array([request.arrival for request in measured])
+def _over_time(counted: Sequence[Request], within: Bool[np.ndarray, " N"]) -> list[float | None]:
+    arrivals = np.array([request.arrival for request in counted])
     edges = np.linspace(arrivals[0], arrivals[-1], WINDOWS + 1)
     window = np.clip(np.searchsorted(edges, arrivals, side="right") - 1, 0, WINDOWS - 1)
     count, good = (np.bincount(window, weights, WINDOWS) for weights in (None, within))

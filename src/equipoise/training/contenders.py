@@ -10,6 +10,7 @@ from equipoise.building import Method
 from equipoise.config import CompareConfig, RunConfig, TrainConfig
 from equipoise.errors import UserError, require
 from equipoise.methods import find
+from equipoise.models.decoder import settings_of
 from equipoise.nearest import nearest
 from equipoise.training.schedule import bias_rate
 
@@ -22,13 +23,11 @@ class Contender:
         name: the method's, with the swept settings behind it.
         method: what is trained.
         items: its settings, as ``"part.setting=value"``.
-        chosen: those of them that the user chose.
     """
 
     name: str
     method: Method
     items: tuple[str, ...]
-    chosen: tuple[str, ...]
 
     def scaled(self, steps: int) -> tuple[str, ...]:
         """The settings, with the step of a bias fitted to the length of the run unless the user chose it."""
@@ -45,13 +44,9 @@ class Contender:
     @property
     def scales_bias(self) -> bool:
         """Whether the step of a bias is ours to choose."""
-        rule = self._given("bias.rule") or self.method.balancers.get("bias", {}).get("rule", "sign")
-        return "bias" in self.method.parts and rule == "sign" and self._given("bias.rate") is None
-
-    def _given(self, name: str) -> str | None:
-        """The value of a setting as the user wrote it, without quotes; None where it is left to the method."""
-        values = (item.partition("=")[2] for item in self.items if item.startswith(f"{name}="))
-        return next((value.strip("'\"") for value in values), None)
+        given = settings_of(self.items)
+        rule = given.get("bias.rule") or self.method.balancers.get("bias", {}).get("rule", "sign")
+        return "bias" in self.method.parts and rule == "sign" and "bias.rate" not in given
 
 
 def contenders(config: CompareConfig) -> dict[str, Contender]:
@@ -78,12 +73,11 @@ def _of(config: CompareConfig, method: Method) -> list[Contender]:
     swept = [_values(sweep) for sweep in config.sweep if sweep.partition(".")[0] in parts]
     rows = []
     for combination in itertools.product(*swept):
-        chosen = (*given, *combination)
-        items = chosen
+        items = (*given, *combination)
         evaluation = f"{method.selector}.evaluation="
-        if not method.causal and not any(item.startswith(evaluation) for item in chosen):
+        if not method.causal and not any(item.startswith(evaluation) for item in items):
             items += (f"{evaluation}top_k",)
-        rows.append(Contender(" ".join((method.name, *combination)), method, items, chosen))
+        rows.append(Contender(" ".join((method.name, *combination)), method, items))
     return rows
 
 

@@ -63,6 +63,7 @@ def isoflop(config: CompareConfig) -> Path:
     text = read_text(config.data, config.optimizer, seed=0)
     folder = Path(config.out)
     lines = []
+    known = len(_saved(folder / RUNS_FILE))
     grids = {name: _grid(config, row, text.tokenizer.vocab_size) for name, row in rows.items()}
     with claim(folder, config, FREE):
         for seed in range(config.seeds):
@@ -72,7 +73,8 @@ def isoflop(config: CompareConfig) -> Path:
                     result = finished_run(_run(config, rows[name], size, planned, seed), text)
                     values = (size.params, size.total, result["tokens"], result["flops"], result["loss"])
                     lines.append((name, *values, seed, size.model.dim))
-                    _save(folder / RUNS_FILE, lines)
+                    if len(lines) >= known:  # a file that is there is not cut short by a run that is resumed
+                        _save(folder / RUNS_FILE, lines)
     return folder / RUNS_FILE
 
 
@@ -84,6 +86,8 @@ def budgets(config: CompareConfig) -> list[float]:
     except ValueError:
         values = [0.0]
     require(min(values) > 0, f"isoflop must list budgets above 0, such as 1e11,3e11,1e12, not {config.isoflop}.")
+    names = {f"{value:g}" for value in values}  # of folders
+    require(len(names) == len(set(values)), "The budgets of isoflop must differ in their first six digits.")
     return values
 
 
@@ -116,6 +120,11 @@ def _run(config: CompareConfig, row: Contender, size: Size, planned: PlannedRun,
     model = replace(run.model, dim=size.model.dim, hidden_dim=size.model.hidden_dim)
     every = max(1, steps // 10)
     return replace(run, model=model, flops=planned.budget, log_every=every, checkpoint_every=max(50, steps))
+
+
+def _saved(path: Path) -> list[str]:
+    """The lines of runs in the file, if there is one."""
+    return path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
 
 
 def _save(path: Path, lines: list[tuple]) -> None:
