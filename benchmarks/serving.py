@@ -33,6 +33,7 @@ SPEEDS = {
 }  # times a trace's own rate, for 8 replicas; four times as fast for 32
 REPLICAS = (8, 32)
 WARMUP, LONGEST = 500, 20_480  # as published
+ROUTERS = 4  # that do not talk, besides one that sees all
 VARIANTS = {
     "as configured": {},
     "SLO fraction 1": {"slo_fraction": 1.0},
@@ -47,12 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", nargs="*", default=[], help="conversation=FILE synthetic=FILE")
     parser.add_argument("--million", action="store_true", help="also time 1,000,000 requests and 64 replicas")
+    parser.add_argument("--routers", action="store_true", help="only measure several routers again")
     parser.add_argument("--tables", action="store_true", help="only make the page again")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/serving.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/evidence/serving.md")
     options = parser.parse_args()
-    if not options.tables:
-        traces = dict(trace.split("=", 1) for trace in options.trace)
+    traces = dict(trace.split("=", 1) for trace in options.trace)
+    if options.routers:
+        found = json.loads(options.out.read_text(encoding="utf-8")) | several_routers(traces)
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    elif not options.tables:
         found = {"benchmark": "serving", "environment": environment(threads=1), **measure(traces)}
         if options.million:
             found["million"] = million()
@@ -62,8 +67,7 @@ def main() -> None:
 
 def measure(traces: dict[str, str]) -> dict[str, Any]:
     """Every workload at every speed and size, and the variants of dual_map at 8 replicas."""
-    workloads = {name: list(truncated(read_requests(path), LONGEST)) for name, path in traces.items()}
-    workloads["skewed"] = list(SkewedWorkload().requests())
+    workloads = read(traces)
     points = [(name, size, speed) for name in workloads for size in REPLICAS for speed in SPEEDS[name]]
     runs = [_point(name, workloads[name], size, speed) for name, size, speed in track(points, "Policies")]
     variants = [
@@ -72,7 +76,24 @@ def measure(traces: dict[str, str]) -> dict[str, Any]:
         for speed in SPEEDS[name]
         for label, options in VARIANTS.items()
     ]
-    return {"warmup": WARMUP, "longest_prompt": LONGEST, "runs": runs, "variants": variants}
+    several = several_routers(traces)
+    return {"warmup": WARMUP, "longest_prompt": LONGEST, "runs": runs, "variants": variants, **several}
+
+
+def several_routers(traces: dict[str, str]) -> dict[str, Any]:
+    """Every workload at every speed with routers that do not talk, at 8 replicas."""
+    workloads = read(traces)
+    points = [(name, speed) for name in workloads for speed in SPEEDS[name]]
+    runs = [
+        _point(name, workloads[name], 8, speed, routers=ROUTERS) for name, speed in track(points, "Several routers")
+    ]
+    return {"routers": runs, "routers_environment": environment(threads=1)}
+
+
+def read(traces: dict[str, str]) -> dict[str, list[Request]]:
+    """The workloads by name."""
+    workloads = {name: list(truncated(read_requests(path), LONGEST)) for name, path in traces.items()}
+    return workloads | {"skewed": list(SkewedWorkload().requests())}
 
 
 def million() -> dict[str, Any]:
@@ -91,8 +112,11 @@ def _point(
     speed: float,
     policies: list[str] | None = None,
     options: dict[str, Any] | None = None,
+    routers: int = 1,
 ) -> dict[str, Any]:
-    settings = ReplaySettings(speed=speed * size / 8, warmup=WARMUP, dual_map=DualMapSettings(**(options or {})))
+    settings = ReplaySettings(
+        speed=speed * size / 8, warmup=WARMUP, routers=routers, dual_map=DualMapSettings(**(options or {}))
+    )
     found = replay(requests, *([policies] if policies else []), replicas=size, settings=settings)
     for policy in found["policies"].values():
         del policy["ttft_percentiles"], policy["capacity_over_time"]

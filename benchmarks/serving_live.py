@@ -1,4 +1,4 @@
-"""Which replica gets a request, on a really running Ray Serve: four replicas of a small model, all policies, and faults.
+"""Which replica gets a request, on a running Ray Serve: four replicas of a small model, all policies, and faults.
 
 ``python benchmarks/serving_live.py`` writes ``benchmarks/results/serving_live.json``, from it
 ``docs/evidence/serving_live.md``, and ``runs/serving_live/faults.html``. ``--tables`` makes the pages again from the
@@ -25,21 +25,20 @@ from rich.progress import Progress
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the examples are no part of the package
 
+from equipoise.serving import POLICIES, Costs, ReplaySettings, Request, SkewedWorkload  # noqa: E402
+from equipoise.serving.replay import hit_tokens_bound, measured  # noqa: E402
+from equipoise.serving.simulator import Outcome  # noqa: E402
+from equipoise.training.environment import environment  # noqa: E402
 from examples.serving.app import RAY_POLICY  # noqa: E402
 from examples.serving.engine import EngineSettings  # noqa: E402
 from examples.serving.load import Answer, prompt_text, send  # noqa: E402
 from examples.serving.process import ServerProcess  # noqa: E402
 
-from equipoise.serving import POLICIES, Costs, ReplaySettings, Request, SkewedWorkload  # noqa: E402
-from equipoise.serving.replay import hit_tokens_bound, measured  # noqa: E402
-from equipoise.serving.simulator import Outcome  # noqa: E402
-from equipoise.training.environment import environment  # noqa: E402
-
 REPLICAS, CLIENTS, WARMUP = 4, 3, 40
 SHORTER, SHORTER_ANSWERS = 4, 16  # times, than the generated requests
 ENGINE = EngineSettings(block_tokens=128, cache_tokens=131_072)
-# Prompts of 2,150 tokens on average instead of 8,596, and 8e-5 s per token, doubled where four replicas share two cores:
-# the SLO keeps its proportion to the time that a prompt takes, and the longest wait its proportion to the SLO.
+# Prompts of 2,150 tokens on average instead of 8,596, and 8e-5 s per token, doubled where four replicas share two
+# cores: the SLO keeps its proportion to the time that a prompt takes, and the longest wait its proportion to the SLO.
 ROUTER = {"slo": 1.5, "prefill_seconds": 1.6e-4, "max_wait": 0.9}
 FAULT_RATE, FAULT_SECONDS = 2.5, 100
 PATIENCE = 4.0  # a hung replica is given up so soon in the fault run
@@ -48,8 +47,8 @@ PATIENCE = 4.0  # a hung replica is given up so soon in the fault run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", default=",".join([*POLICIES, RAY_POLICY]))
-    parser.add_argument("--rates", default="2.5,3.5", help="requests per second")
-    parser.add_argument("--seconds", type=float, default=45, help="of each measurement, after the warm-up")
+    parser.add_argument("--rates", default="3.5,5", help="requests per second")
+    parser.add_argument("--seconds", type=float, default=30, help="of each measurement, after the warm-up")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tables", action="store_true", help="only make the pages again")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/serving_live.json")

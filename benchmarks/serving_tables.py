@@ -37,7 +37,8 @@ def page(results: dict[str, Any]) -> str:
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in results["runs"]:
         groups.setdefault((run["workload"], run["replicas"]), []).append(run)
-    parts = [head, *(_workload(*key, runs) for key, runs in groups.items()), _goals(groups), _variants(results)]
+    parts = [head, *(_workload(*key, runs) for key, runs in groups.items()), _goals(groups), _routers(results, groups)]
+    parts.append(_variants(results))
     if "million" in results:
         parts.append(_million(results["million"]))
     return "\n".join(parts)
@@ -125,6 +126,37 @@ def _goal(title: str, runs: list[dict[str, Any]]) -> list[str]:
         f"{first:.2f}{'' if first <= 1.3 else ' (missed)'}",
         f"{last:.2f}{'' if last <= 1.3 else ' (missed)'}",
     ]
+
+
+def _routers(results: dict[str, Any], groups: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
+    """Each policy with several routers: capacity by speed, and what that costs at the knee of one router."""
+    by_workload: dict[str, list[dict[str, Any]]] = {}
+    for run in results["routers"]:
+        by_workload.setdefault(run["workload"], []).append(run)
+    count = results["routers"][0]["settings"]["routers"]
+    parts = [
+        f"## {count} routers that do not talk, 8 replicas\n\nEach gets every {count}th request, knows of the caches "
+        "only what it sent there itself, and learns twice a second what each replica has to compute. Effective "
+        "capacity by speed, the best is bold; then, at the knee of one router, hit rate and capacity with one router "
+        f"and with {count}. Commit {str(results['routers_environment']['commit'])[:10]}.\n"
+    ]
+    for name, runs in by_workload.items():
+        one = knee(groups[name, 8])
+        several = next(run for run in runs if run["speed"] == one["speed"])
+        best = [max(policy["capacity"] for policy in run["policies"].values()) for run in runs]
+        rows = [
+            [
+                policy,
+                *(_bold(run["policies"][policy]["capacity"], top) for run, top in zip(runs, best)),
+                f"{one['policies'][policy]['hit_rate']:.1%} to {found['hit_rate']:.1%}",
+                f"{one['policies'][policy]['capacity']:.1%} to {found['capacity']:.1%}",
+            ]
+            for policy, found in several["policies"].items()
+        ]
+        speeds = [f"{run['speed']:g}" for run in runs]
+        at = f"at {one['speed']:g}"
+        parts.append(_table([name, *speeds, f"hit rate {at}", f"capacity {at}"], rows) + "\n")
+    return "\n".join(parts)
 
 
 def _cv(run: dict[str, Any]) -> float:

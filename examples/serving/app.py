@@ -18,6 +18,7 @@ from equipoise.serving.unbroken import LOST, unbroken
 from examples.serving import openai_api
 from examples.serving.engine import Engine, EngineSettings
 
+APPLICATION = "equipoise-example"  # in Ray
 RAY_POLICY = "power_of_two"  # Ray Serve's own router
 api = FastAPI()
 
@@ -46,16 +47,18 @@ class Ingress:
     """OpenAI's API. It holds the router, and goes on elsewhere when a replica is lost."""
 
     def __init__(self) -> None:
-        self._replicas = serve.get_app_handle(openai_api.MODEL).options(stream=True)
+        self._replicas = serve.get_app_handle(APPLICATION).options(stream=True)
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
         """A chat completion, streamed or in one piece."""
         try:
             body = await request.json()
-            prompt, max_tokens = openai_api.prompt(body), body.get("max_tokens", 16)
+            prompt, max_tokens = openai_api.prompt(body), openai_api.max_tokens(body)
             tokens = self._tokens(prompt, max_tokens)
             first = await anext(tokens)
+            streamed = body.get("stream")
+            rest = [] if streamed else [token async for token in tokens]
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 return openai_api.error(400, str(error.cause))
@@ -64,9 +67,9 @@ class Ingress:
             return openai_api.error(400, str(error))
         except (NoReplicasError, *LOST) as error:
             return openai_api.error(503, str(error), {"retry-after": "1"})
-        if body.get("stream"):
+        if streamed:
             return StreamingResponse(openai_api.events(first, tokens, len(prompt)), media_type="text/event-stream")
-        answer = [first, *[token async for token in tokens]]
+        answer = [first, *rest]
         text = "".join(chr(token["token"]) for token in answer)
         return JSONResponse(
             openai_api.message("chat.completion", {"message": {"role": "assistant", "content": text}}, "length")
@@ -80,6 +83,8 @@ class Ingress:
 
     def _tokens(self, prompt: list[int], max_tokens: int) -> AsyncIterator[dict[str, Any]]:
         async def ask(sofar: Sequence[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+            if len(sofar) == max_tokens:
+                return  # the replica was lost after the last token
             call = {
                 "key": uuid.uuid4().hex,
                 "prompt": prompt + [token["token"] for token in sofar],
@@ -107,5 +112,6 @@ def run_model(replicas: int, policy: str, engine: EngineSettings, router: dict[s
         config = router_config(
             policy=policy, block_tokens=engine.block_tokens, cache_tokens=engine.cache_tokens, **router
         )
-    model = Replica.options(num_replicas=replicas, request_router_config=config).bind(engine)
-    serve.run(model, name=openai_api.MODEL, route_prefix=None)
+    model = Replica.options(num_replicas=replicas, request_router_config=config)
+    model._version = "1"  # a new one each time, as Ray would give it, replaces all replicas one after the other
+    serve.run(model.bind(engine), name=APPLICATION, route_prefix=None)

@@ -28,6 +28,13 @@ def prompt(body: Any) -> list[int]:
     return list("".join(f"{message['role']}\n{message['content']}\n" for message in messages).encode())
 
 
+def max_tokens(body: dict[str, Any]) -> int:
+    """The tokens of the answer."""
+    number = body.get("max_tokens", 16)
+    require(type(number) is int and number > 0, f"max_tokens must be a whole number of at least 1, not {number!r}.")
+    return number
+
+
 async def events(first: Token, tokens: AsyncIterator[Token], prompt: int) -> AsyncIterator[str]:
     """Server-sent events: a chunk per token, the usage, and the end."""
     yield _event(_chunk(first))

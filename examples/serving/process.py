@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from examples.serving.app import APPLICATION
 from examples.serving.engine import EngineSettings
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,11 @@ class ServerProcess:
                 stderr=written,
                 text=True,
             )
-        self._wait_until_ready()
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._process.kill()
+            raise
 
     def scale(self, replicas: int) -> None:
         """Run so many replicas, and wait until they do."""
@@ -54,7 +59,9 @@ class ServerProcess:
 
     def replica_processes(self) -> list[int]:
         """The processes of all its replicas that run or start, hang or not."""
-        listed = subprocess.run(["pgrep", "-f", "^ray::ServeReplica:small"], capture_output=True, text=True, check=False)
+        listed = subprocess.run(
+            ["pgrep", "-f", f"^ray::ServeReplica:{APPLICATION}"], capture_output=True, text=True, check=False
+        )
         return [int(number) for number in listed.stdout.split()]
 
     def close(self) -> None:

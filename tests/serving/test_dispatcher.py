@@ -32,7 +32,7 @@ class Place:
         self.dispatcher.set_replicas(list(replicas), float("inf"))
 
     def place(self, *blocks: int) -> asyncio.Task[Ticket]:
-        return asyncio.ensure_future(self.dispatcher.place(Prompt(BLOCK * len(blocks), blocks)))
+        return asyncio.ensure_future(self.dispatcher.place(Prompt(BLOCK * max(len(blocks), 1), blocks)))
 
 
 async def settled() -> None:
@@ -104,9 +104,8 @@ async def test_one_cancelled_at_the_moment_when_it_is_sent_gives_its_place_back(
     assert len(place.dispatcher) == 2
 
 
-@with_loop
-async def test_what_waited_for_a_replica_that_is_gone_goes_elsewhere_and_what_it_was_sent_is_told():
-    place = Place("ab")
+async def all_but_one(place: Place, take_away: Callable[[], None]) -> list[str]:
+    """Twenty prompts for a and b; when each has one, a is taken away. Returns who was told, once all are placed."""
     placed = [place.place(block) for block in range(20)]
     await settled()
     sent = [task.result() for task in placed if task.done()]
@@ -114,8 +113,7 @@ async def test_what_waited_for_a_replica_that_is_gone_goes_elsewhere_and_what_it
     told = []
     for ticket in sent:
         ticket.give_up = lambda ticket=ticket: told.append(ticket.replica)
-    place.dispatcher.set_replicas(["b"], float("inf"))
-    assert told == ["a"]
+    take_away()
     for _ in range(20):
         await settled()
         for task in placed:
@@ -123,6 +121,40 @@ async def test_what_waited_for_a_replica_that_is_gone_goes_elsewhere_and_what_it
                 place.dispatcher.first_token(task.result())
     assert [task.result().replica for task in placed].count("b") == 19
     assert len(place.dispatcher) == 19
+    return told
+
+
+@with_loop
+async def test_what_waited_for_a_replica_that_is_given_up_goes_elsewhere_and_what_it_was_sent_is_told():
+    place = Place("ab")
+    assert await all_but_one(place, lambda: place.dispatcher.give_up("a")) == ["a"]
+
+
+@with_loop
+async def test_what_a_replica_answers_while_it_is_stopped_goes_on():
+    place = Place("ab")
+    assert await all_but_one(place, lambda: place.dispatcher.set_replicas(["b"], float("inf"))) == []
+
+
+@with_loop
+async def test_one_that_was_decided_and_loses_its_replica_before_its_coroutine_runs_is_placed_anew():
+    place = Place("a")
+    first, second = place.place(1), place.place(2)
+    await settled()
+    place.dispatcher.first_token(first.result())
+    assert place.dispatcher.waiting() == 0
+    assert not second.done()
+    place.dispatcher.set_replicas(["b"], float("inf"))
+    assert (await second).replica == "b"
+    assert len(place.dispatcher) == 1
+
+
+@with_loop
+async def test_prompts_without_blocks_begin_like_no_other():
+    place = Place("abcdefg")
+    placed = [place.place() for _ in range(30)]
+    await settled()
+    assert len({task.result().replica for task in placed if task.done()}) == 7
 
 
 @with_loop
@@ -131,7 +163,7 @@ async def test_without_a_replica_all_that_waits_is_told_and_later_ones_go_to_the
     place.place(1)
     waiting = place.place(2)
     await settled()
-    place.dispatcher.remove("a")
+    place.dispatcher.set_replicas([], float("inf"))
     late = place.place(3)
     await settled()
     for task in (waiting, late):
@@ -176,13 +208,12 @@ async def test_a_replica_that_owes_an_answer_and_says_nothing_is_named_and_one_t
 async def test_what_other_routers_sent_counts_as_load():
     """Equal caches: the lower time to first token wins once the SLO is passed, 9 blocks here."""
     place = Place("ab", slo=1.0, slo_fraction=1.0, prefill_seconds=1 / (9 * BLOCK))
-    place.dispatcher.reported("a", {"pending_tokens": 9 * BLOCK})
-    place.dispatcher.reported("b", {"other": 1})
+    place.dispatcher.reported("a", 9 * BLOCK)
     placed = [place.place(block) for block in range(5)]
     await settled()
     assert placed[0].result().replica == "b"
-    place.dispatcher.reported("a", {"pending_tokens": 0})
-    place.dispatcher.reported("b", {"pending_tokens": 20 * BLOCK})
+    place.dispatcher.reported("a", 0)
+    place.dispatcher.reported("b", 20 * BLOCK)
     later = place.place(77)
     for _ in range(5):
         await settled()
@@ -197,10 +228,10 @@ async def test_its_own_requests_do_not_count_twice_when_a_replica_reports_them()
     place = Place("a")
     place.place(1, 2, 3)
     await settled()
-    place.dispatcher.reported("a", {"pending_tokens": 3 * BLOCK})
+    place.dispatcher.reported("a", 3 * BLOCK)
     [replica] = place.dispatcher._policy.fleet
     assert (replica.sent_tokens, replica.others_tokens) == (3 * BLOCK, 0)
-    place.dispatcher.reported("a", {"pending_tokens": 5 * BLOCK})
+    place.dispatcher.reported("a", 5 * BLOCK)
     assert replica.load == 5 * BLOCK
 
 
@@ -209,6 +240,7 @@ async def test_before_the_first_replica_nothing_is_known():
     place = Place("")
     assert place.dispatcher.replicas == []
     assert place.dispatcher.tick() == []
-    place.dispatcher.remove("a")
+    assert place.dispatcher.waiting() == 0
+    place.dispatcher.give_up("a")
     place.dispatcher.set_replicas(["a"], 3)
     assert place.dispatcher.replicas == ["a"]

@@ -59,6 +59,28 @@ def test_objects_are_read_like_mappings_and_other_arguments_are_passed_over():
     assert READER.read([3, None, call]) == expected
 
 
+def test_calls_of_tools_count_too():
+    def blocks(**parts):
+        message = {"role": "assistant", "content": None} | parts
+        return READER.read([{"messages": [message]}]).blocks
+
+    calls = [blocks(tool_calls=[{"name": name}]) for name in ("search", "delete")]
+    assert len({blocks(), *calls, blocks(tool_call_id="1"), blocks(name="Ann")}) == 5
+
+
+def test_input_is_a_prompt_and_bytes_are_text():
+    assert (
+        READER.read([{"input": "abcdef"}])
+        == READER.read([{"prompt": b"abcdef"}])
+        == READER.read([{"prompt": "abcdef"}])
+    )
+
+
+@pytest.mark.parametrize("nothing", [{"prompt": ""}, {"prompt": []}, {"messages": []}, {"input": [""]}])
+def test_what_holds_nothing_to_compare_has_no_blocks(nothing):
+    assert READER.read([nothing]) == Prompt(1, ())
+
+
 def test_a_text_that_is_no_unicode_is_still_read():
     assert READER.read([{"prompt": "a\ud800"}]).tokens == 2
 
@@ -67,10 +89,9 @@ def test_a_text_that_is_no_unicode_is_still_read():
     ("arguments", "sentence"),
     [
         ([], "neither messages nor a prompt"),
-        ([{"input": "x"}], "neither messages nor a prompt"),
-        ([{"prompt": ""}], "The prompt is empty"),
-        ([{"prompt": []}], "The prompt is empty"),
-        ([{"messages": []}], "no messages"),
+        ([{"question": "x"}], "neither messages nor a prompt"),
+        ([{"messages": 7}], "messages must be a list, not int"),
+        ([{"messages": [{"role": "user", "content": [{1: 2, "a": 3}]}]}], "no JSON value"),
         ([{"prompt": 3.5}], "text or token numbers, not float"),
         ([{"prompt": [-1]}], "from 0 to 2"),
     ],

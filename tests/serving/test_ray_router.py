@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from examples.serving.process import ServerProcess  # noqa: E402
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster
 
 ENGINE = EngineSettings(width=64, layers=1, heads=2, block_tokens=16, context_tokens=2048)
-PATIENCE = 4.0
+PATIENCE = 2.0  # and three more seconds in which a silent replica is asked
 READY_SECONDS = 120
 
 
@@ -37,15 +38,14 @@ class Server(ServerProcess):
 
     def __init__(self, folder: Path) -> None:
         router = {"slo": 1.0, "prefill_seconds": 2e-4, "max_wait": 0.6, "patience": PATIENCE}
-        super().__init__(folder / "log.txt", 3, "dual_map", ENGINE, router)
+        super().__init__(folder / "log.txt", 3, "dual_map", ENGINE, router, routers=2)
 
     def processes(self) -> dict[str, int]:
         """The live replicas' processes by name, as their answers name them."""
         found: dict[str, int] = {}
         deadline = time.monotonic() + READY_SECONDS
         while len(found) < 3 and time.monotonic() < deadline:
-            text = f"{time.monotonic_ns() % 10**9} begins unlike the others, so any replica may get it"
-            name, process = self.chat(text, 1)["system_fingerprint"].split("/")
+            name, process = self.chat(f"{uuid.uuid4()} begins unlike the others", 1)["system_fingerprint"].split("/")
             found[name] = int(process)
         return found
 
@@ -94,19 +94,23 @@ def prompts(count: int, beginnings: int) -> list[str]:
 
 
 def test_streamed_or_not_the_answer_is_the_models_and_a_known_beginning_is_cached(server, alone):
+    """Of 406 tokens 25 blocks of 16. There are two routers, which may begin with either replica of the pair."""
     text = "Tell me of the sea. " * 20
-    first, second = (server.chat(text, 23) for _ in range(2))
     answer = expected(alone, text, 23)
-    assert [reply["choices"][0]["message"]["content"] for reply in (first, second)] == [answer, answer]
-    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert second["usage"] == {
-        "prompt_tokens": 406,
-        "completion_tokens": 23,
-        "prompt_tokens_details": {"cached_tokens": 400},
-    }
-    assert first["system_fingerprint"] == second["system_fingerprint"]
+    known = set()
+    for _ in range(6):
+        reply = server.chat(text, 23)
+        assert reply["choices"][0]["message"]["content"] == answer
+        cached = 400 if reply["system_fingerprint"] in known else 0
+        assert reply["usage"] == {
+            "prompt_tokens": 406,
+            "completion_tokens": 23,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+        known.add(reply["system_fingerprint"])
+    assert len(known) <= 2
     [streamed] = send(server.url, [(0.0, text, 23)], processes=1)
-    assert (streamed.text, streamed.ends, streamed.error) == (answer, 1, "")
+    assert (streamed.text, streamed.ends, streamed.error, streamed.cached_tokens) == (answer, 1, "", 400)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,11 @@ def test_streamed_or_not_the_answer_is_the_models_and_a_known_beginning_is_cache
         ({"messages": [{"role": "user"}]}, "Each message must have a role and a content, both text."),
         ({"messages": [{"role": "user", "content": ""}]}, "All messages are empty."),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, "may have 2048 tokens together, not 3022"),
-        ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "max_tokens must be at least 1"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0},
+            "max_tokens must be a whole number of at least 1, not 0",
+        ),
+        ({"messages": [{"role": "user", "content": "x"}], "max_tokens": None}, "max_tokens must be a whole number"),
         ({"messages": [{"role": "user", "content": "x"}], "temperature": 1}, "temperature must be 0"),
     ],
 )
@@ -130,11 +138,19 @@ def test_a_bad_request_is_one_sentence_and_status_400(server, body, sentence):
 
 
 def test_what_begins_alike_stays_with_two_replicas_and_the_rest_uses_all(server):
-    alike = send(server.url, [(0.02 * place, text, 2) for place, text in enumerate(prompts(30, 1))])
+    """Fewer than would make a router take a longer key."""
+    alike = send(server.url, [(0.05 * place, text, 2) for place, text in enumerate(prompts(12, 1))])
     assert len({answer.replicas[0] for answer in alike}) <= 2
-    assert sum(answer.cached_tokens for answer in alike) > 0.7 * sum(answer.prompt_tokens for answer in alike)
+    assert sum(answer.cached_tokens for answer in alike) > 0.6 * sum(answer.prompt_tokens for answer in alike)
     different = send(server.url, [(0.02 * place, f"{place} " * 100, 2) for place in range(30)])
     assert len({answer.replicas[0] for answer in different}) == 3
+
+
+def test_the_next_prompt_is_computed_while_answers_are_still_coming(server):
+    """A replica gets it after the first token, not after the last."""
+    texts = [f"{'We begin alike. ' * 20}{place}" for place in range(6)]
+    answers = send(server.url, [(0.0, text, 400) for text in texts])
+    assert max(answer.first for answer in answers) < min(answer.last for answer in answers)
 
 
 def test_a_client_that_goes_away_leaves_no_load_behind(server):
@@ -158,29 +174,35 @@ def assert_nothing_lost(answers: list[Answer], texts: list[str], tokens: int, en
         assert answer.text == expected(engine, text, tokens), f"request {answer.id}, by {answer.replicas}"
 
 
+def used(server: Server, count: int) -> set[int]:
+    """The processes that answer so many prompts that begin differently."""
+    answers = send(server.url, [(0.01 * place, f"{uuid.uuid4()} " * 3, 2) for place in range(count)])
+    return {int(answer.replicas[0].split("/")[1]) for answer in answers}
+
+
 def test_replicas_that_die_hang_and_come_lose_nothing_and_answer_nothing_twice(server, alone):
-    """Three client processes; answers last long enough that some break off, and must go on elsewhere."""
-    texts, tokens = prompts(90, 30), 40
-    processes = list(server.processes().values())
+    """Three client processes; answers last long enough that some break off, and must go on elsewhere.
+
+    The replica that hangs is let go on when all is answered: what it was asked then comes a second time, too late.
+    """
+    texts, tokens = prompts(110, 30), 40
+    dies, hangs, _ = server.processes().values()
     faults = f"""
 import os, signal, time
-time.sleep(3)
-os.kill({processes[0]}, signal.SIGKILL)
-time.sleep(3)
-os.kill({processes[1]}, signal.SIGSTOP)
-time.sleep({PATIENCE} + 3)
-os.kill({processes[1]}, signal.SIGKILL)
+time.sleep(5)
+os.kill({dies}, signal.SIGKILL)
+time.sleep(4)
+os.kill({hangs}, signal.SIGSTOP)
 """
     with subprocess.Popen([sys.executable, "-c", faults]) as process:
         answers = send(server.url, [(0.12 * place, text, tokens) for place, text in enumerate(texts)])
         process.wait()
     assert_nothing_lost(answers, texts, tokens, alone)
-    gone = {name.split("/")[1] for answer in answers for name in answer.replicas} & {str(pid) for pid in processes[:2]}
-    assert len(gone) == 2, "both must have answered before"
-    assert "owes answers and is silent" in server.log.read_text()
+    assert Path(f"/proc/{hangs}/stat").read_text().split(") ")[1][0] == "T", "it must not have been needed"
+    os.kill(hangs, signal.SIGCONT)
+    assert any(hangs in used(server, 30) for _ in range(20))
     server.scale(4)
-    names = {answer.replicas[0] for answer in send(server.url, [(0.01 * n, f"{n} " * 60, 2) for n in range(60)])}
-    assert len(names) == 4
+    assert len(used(server, 60)) == 4
 
 
 def test_without_a_replica_requests_are_refused_with_503_and_the_next_replicas_answer(server, alone):
@@ -191,7 +213,8 @@ def test_without_a_replica_requests_are_refused_with_503_and_the_next_replicas_a
     while status != 503:
         try:
             server.chat("Is anybody there?", 1)
-            subprocess.run(["pkill", "-9", "-f", "ray::ServeReplica:small"], check=False)
+            for process in server.replica_processes():
+                os.kill(process, signal.SIGKILL)
         except urllib.error.HTTPError as error:
             with error:
                 status, message, wait = error.code, json.load(error)["error"]["message"], error.headers["retry-after"]

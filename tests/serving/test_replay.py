@@ -26,9 +26,10 @@ def unchecked(workload, expression):
     return json.loads(found.stdout)
 
 
-def simulate(policy, requests, replicas, faults=(), costs=SMALL):
-    router = build(policy, [replica_name(number) for number in range(replicas)], costs, ReplaySettings().dual_map)
-    return Simulator(router, requests, costs, faults).run()
+def simulate(policy, requests, replicas, faults=(), costs=SMALL, routers=1):
+    names = [replica_name(number) for number in range(replicas)]
+    built = [build(policy, names, costs, ReplaySettings().dual_map) for _ in range(routers)]
+    return Simulator(built, requests, costs, faults).run()
 
 
 def test_two_equal_requests_one_after_the_other_by_hand():
@@ -59,6 +60,31 @@ def test_the_load_of_two_replicas_has_the_cv_of_what_waits():
     requests = [request(0, (1, 2, 3), 0.5, 1), request(1, (7,), 0.5, 1)]
     outcome = simulate("round_robin", requests, 2, costs=slow)
     assert outcome.load_cv == pytest.approx([0.5, 0.5, 1.0, 1.0, 1.0, 1.0])  # at 1 and 2 s, then at 3 to 6 s
+
+
+def test_several_routers_take_turns():
+    """Each of the two sends its first request to replica 1: 4 blocks there, from 0.5 to a little over 8.5 s."""
+    slow = replace(SMALL, prefill_seconds=2 / BLOCK)
+    requests = [request(0, (1, 2, 3), 0.5, 1), request(1, (7,), 0.5, 1)]
+    outcome = simulate("round_robin", requests, 2, costs=slow, routers=2)
+    assert outcome.served_by == ["replica-1", "replica-1"]
+    assert outcome.load_cv == pytest.approx([1.0] * 8)
+
+
+def test_several_routers_learn_of_each_others_load_twice_a_second():
+    """The second router sends to replica 0, as the first one did, until it has heard of that."""
+    requests = [request(id, tuple(range(10 * id, 10 * id + 9)), at, 1) for id, at in enumerate((0.40, 0.41, 0.6, 0.61))]
+    outcome = simulate("least_loaded", requests, 3, routers=2)
+    assert outcome.served_by == ["replica-0", "replica-0", "replica-1", "replica-1"]
+    alone = simulate("least_loaded", requests, 3)
+    assert alone.served_by == ["replica-0", "replica-1", "replica-2", "replica-0"]
+
+
+def test_several_routers_of_dual_map_find_the_same_pair_without_a_word():
+    """Fewer requests per router than make a key longer."""
+    requests = [request(id, (1, 2, 1000 + id), 0.3 * id, 1) for id in range(50)]
+    assert len(set(simulate("dual_map", requests, 7, routers=3).served_by)) == 2
+    assert len(set(simulate("round_robin", requests, 7, routers=3).served_by)) == 7
 
 
 def test_all_policies_see_the_same_requests_and_equal_runs_are_equal():
@@ -133,8 +159,8 @@ prompts = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(list(POLICIES)), prompts, kinds)
-def test_every_request_is_served_once_whatever_happens(policy, drawn, faulty):
+@given(st.sampled_from(list(POLICIES)), prompts, kinds, st.integers(1, 3))
+def test_every_request_is_served_once_whatever_happens(policy, drawn, faulty, routers):
     """The simulator itself asserts that none finishes twice; replica 2 always lives."""
     now, requests = 0.0, []
     for id, (prefix, length, answer, gap) in enumerate(drawn):
@@ -148,7 +174,7 @@ def test_every_request_is_served_once_whatever_happens(policy, drawn, faulty):
         number = next(added if kind == "add" else lost, None)
         if number is not None:
             faults.append(Fault(kind, number, at))
-    outcome = simulate(policy, requests, 3, faults)
+    outcome = simulate(policy, requests, 3, faults, routers=routers)
     assert all(outcome.served_by)
     for one, ttft, hit in zip(requests, outcome.ttft, outcome.hit_tokens):
         assert 0 <= hit < one.input_tokens

@@ -33,12 +33,14 @@ def test_a_file_its_speed_faults_and_the_options_of_dual_map(tmp_path, capsys):
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     options = "--migration batch --allow-neighbor --slo-fraction 1 --rebalance-multiple 2 --slo 2 --seed 3"
-    words = f"{path} --policies preble,dual_map --speed 2 --num-requests 7 --truncate 600 --faults die:1@2.5 {options}"
-    replay(words, as_json=True)
+    words = (
+        f"{path} --policies preble,dual_map --speed 2 --num-requests 7 --truncate 600 --faults die:1@2.5 --routers 3"
+    )
+    replay(f"{words} {options}", as_json=True)
     found = json.loads(capsys.readouterr().out)
     settings = found["settings"]
     assert list(found["policies"]) == ["preble", "dual_map"]
-    assert (settings["requests"], settings["requests_per_second"]) == (7, 2.0)
+    assert (settings["requests"], settings["requests_per_second"], settings["routers"]) == (7, 2.0, 3)
     assert settings["faults"] == [{"kind": "die", "replica": 1, "time": 2.5}]
     expected = {"migration": "batch", "allow_neighbor": True, "slo_fraction": 1.0, "slo": 2.0, "seed": 3}
     assert expected.items() <= settings["dual_map"].items()
@@ -78,6 +80,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
         ("--num-requests 0", "num-requests must be at least 1"),
         ("--truncate 0", "truncate must be at least 1"),
         ("--num-requests 1 --rate 3", "All requests arrive at once"),
+        ("--routers 0", "routers must be at least 1"),
         ("--replicas 0", "replicas must be at least 1"),
         ("--policies nearest", "There is no policy 'nearest'"),
         ("--policies ,", "at least one policy"),

@@ -85,6 +85,22 @@ def test_an_arrival_on_the_way_loses_no_work():
     assert events(replica) == events(undisturbed)
 
 
+def test_pending_are_the_tokens_that_are_neither_computed_nor_cached():
+    """A block takes 0.5 s; of the second prompt one block of two is cached, of the third one the last token counts."""
+    replica = SimulatedReplica(COSTS, 0.0)
+    replica.accept(request(0, (1,), output_tokens=1), 0.0)
+    events(replica)
+    assert replica.pending_tokens(1.0) == 0
+    replica.accept(request(1, (7, 8, 9), output_tokens=1), 2.0)
+    assert replica.pending_tokens(2.25) == 5 * BLOCK // 2
+    replica.accept(request(2, (1, 2), output_tokens=1), 2.5)
+    assert replica.pending_tokens(2.5) == 3 * BLOCK
+    replica.accept(request(3, (1,), output_tokens=1), 2.5)
+    assert replica.pending_tokens(3.0) == 2 * BLOCK + 1
+    events(replica)
+    assert replica.pending_tokens(9.0) == 0
+
+
 def test_costs_must_be_positive():
     with pytest.raises(UserError, match="kv_tokens must be above 0"):
         Costs(kv_tokens=0)

@@ -50,6 +50,8 @@ class Config:
     """Cut prompts to so many tokens; the published measurements cut them to 20480."""
     warmup: int = 0
     """First requests that fill the caches and are not measured."""
+    routers: int = 1
+    """Routers that share the requests and do not talk to each other."""
     cache_tokens: int = Costs.cache_tokens
     """Tokens that a replica's context cache keeps."""
     faults: str = ""
@@ -123,6 +125,7 @@ def _settings(config: Config, requests: list[Request]) -> ReplaySettings:
         slo=config.slo,
         speed=1.0 if speed is None else speed,
         warmup=config.warmup,
+        routers=config.routers,
         faults=parse_faults(config.faults),
         costs=Costs(cache_tokens=config.cache_tokens),
         dual_map=DualMapSettings(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from equipoise.errors import UserError
 from equipoise.serving.prompts import Prompt
@@ -52,25 +51,33 @@ class Dispatcher:
         """Those that requests are sent to."""
         return [replica.name for replica in self._policy.fleet] if self._policy else []
 
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return self._policy.waiting() if self._policy else 0
+
     async def place(self, prompt: Prompt) -> Ticket:
         """Wait until the policy says where the request is to be sent: its ticket's ``replica``.
 
-        A cancelled call withdraws the request; one that was placed must be reported ``done``.
+        It must be sent before anything else happens on the loop, and reported ``done`` in the end. A cancelled call
+        withdraws the request. A prompt without blocks begins like no other.
         Fails: UserError where all replicas are down, or come to be.
         """
         assert self._policy, "no replica was ever named"
-        ticket = Ticket(Request(next(self._ids), self._clock(), prompt.tokens, 1, prompt.blocks))
-        self._submit(ticket)
-        self._release()
-        try:
-            await ticket.decided
-        except asyncio.CancelledError:
-            if ticket.replica is not None:
-                self.done(ticket)
-            elif self._tickets.pop(ticket.request.id, None):
-                self._policy.withdraw(ticket.request.id)
-            raise
-        return ticket
+        while True:
+            id = next(self._ids)
+            ticket = Ticket(Request(id, self._clock(), prompt.tokens, 1, prompt.blocks or (-1 - id,)))
+            self._submit(ticket)
+            self._release()
+            try:
+                await ticket.decided
+            except asyncio.CancelledError:
+                if ticket.replica is not None:
+                    self.done(ticket)
+                elif self._tickets.pop(id, None):
+                    self._policy.withdraw(id)
+                raise
+            if id in self._tickets:
+                return ticket  # else its replica was taken away between the decision and this line
 
     def first_token(self, ticket: Ticket) -> None:
         """A request's first token came."""
@@ -80,31 +87,35 @@ class Dispatcher:
 
     def heard(self, ticket: Ticket) -> None:
         """Another token came."""
-        if self._policy and ticket.replica is not None:
-            self._policy.fleet.heard(ticket.replica, self._clock())
+        if ticket.replica is not None:
+            self.alive(ticket.replica)
+
+    def alive(self, replica: str) -> None:
+        """A replica gave a sign of life."""
+        if self._policy:
+            self._policy.fleet.heard(replica, self._clock())
 
     def done(self, ticket: Ticket) -> None:
         """No more will come: the answer is complete, or failed, or nobody wants it. Said twice, it changes nothing."""
+        ticket.give_up = None
         if self._tickets.pop(ticket.request.id, None) and self._policy and ticket.replica is not None:
             self._policy.on_finished(ticket.replica, ticket.request.id, self._clock())
             self._release()
 
-    def reported(self, replica: str, stats: Mapping[str, Any]) -> None:
-        """What a replica says of itself: ``pending_tokens``, prompt tokens that it has to compute, for all routers."""
-        if self._policy and replica in self._policy.fleet and "pending_tokens" in stats:
-            self._policy.fleet.reported(replica, int(stats["pending_tokens"]))
+    def reported(self, replica: str, pending_tokens: int) -> None:
+        """What a replica says that it has to compute, for all routers."""
+        if self._policy and replica in self._policy.fleet:
+            self._policy.fleet.reported(replica, pending_tokens)
 
-    def set_replicas(self, names: Iterable[str], most_running: int | float) -> None:
-        """Use these replicas from now on: what waited for one that is gone goes elsewhere.
+    def set_replicas(self, names: Sequence[str], most_running: int | float) -> None:
+        """Use these replicas from now on. What waited for one that is gone goes elsewhere; what it answers goes on.
 
         Args:
             most_running: requests that one replica takes at a time.
         """
-        names = list(names)
+        if self._policy is None and names:
+            self._policy = self._build(list(names))
         if self._policy is None:
-            if names:
-                self._policy = self._build(names)
-                self._policy.fleet.most_running = most_running
             return
         self._policy.fleet.most_running = most_running
         known = set(self.replicas)
@@ -112,20 +123,19 @@ class Dispatcher:
             if name not in known:
                 self._policy.add_replica(name, self._clock())
         for name in known.difference(names):
-            self.remove(name)
+            self._remove(name)
         self._release()
 
-    def remove(self, name: str) -> None:
-        """Give a replica up: what waited for it goes elsewhere, what it was sent is told so."""
+    def give_up(self, name: str) -> None:
+        """Use a replica no longer: what waited for it goes elsewhere, and who reads its answers is told."""
         if self._policy is None or name not in self._policy.fleet:
             return
-        for request in self._policy.remove_replica(name, self._clock()):
-            ticket = self._tickets.pop(request.id)
-            if ticket.replica is None:
-                self._submit(ticket)
-            elif ticket.give_up is not None:
-                ticket.give_up()
+        sent = self._remove(name)
         self._release()
+        for ticket in sent:
+            if ticket.give_up is not None:
+                ticket.give_up()
+                ticket.give_up = None
 
     def tick(self) -> list[str]:
         """Let waiting requests move. Returns the replicas that owe an answer and were silent for too long."""
@@ -134,6 +144,15 @@ class Dispatcher:
         self._policy.tick(self._clock())
         self._release()
         return self._policy.fleet.silent(self._clock())
+
+    def _remove(self, name: str) -> list[Ticket]:
+        """Take a replica away, and submit again what waited for it. Returns what it was sent."""
+        assert self._policy
+        tickets = [self._tickets.pop(request.id) for request in self._policy.remove_replica(name, self._clock())]
+        for ticket in tickets:
+            if ticket.replica is None:
+                self._submit(ticket)
+        return [ticket for ticket in tickets if ticket.replica is not None]
 
     def _submit(self, ticket: Ticket) -> None:
         """Let the policy have it; where all replicas are down, its coroutine is told."""

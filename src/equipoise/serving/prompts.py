@@ -13,11 +13,15 @@ from equipoise.errors import UserError, require
 from equipoise.serving.request import BLOCK_TOKENS
 
 TOKEN_BYTES = 4  # of one token number
+MESSAGE_PARTS = ("role", "name", "tool_call_id", "content", "tool_calls")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a policy must know of a prompt; `tokens` and `blocks` are `input_tokens` and `blocks` of a Request."""
+    """What a policy must know of a prompt; `tokens` and `blocks` are `input_tokens` and `blocks` of a Request.
+
+    One that holds nothing to compare has no blocks.
+    """
 
     tokens: int
     blocks: tuple[int, ...]
@@ -44,22 +48,21 @@ class PromptReader:
         require(self.bytes_per_token > 0, f"bytes_per_token must be above 0, not {self.bytes_per_token}.")
 
     def read(self, arguments: Sequence[Any]) -> Prompt:
-        """The prompt of a call: of the first argument with ``messages`` or a ``prompt``, as a mapping or an object.
+        """The prompt of a call: of the first argument with messages, a prompt or input, as a mapping or an object.
 
-        Fails: UserError where no argument has one, or it is empty.
+        Fails: UserError where no argument has any of them, or in another form than OpenAI's.
         """
         for argument in arguments:
-            prompt = field(argument, "prompt")
-            if prompt is not None:
-                return self._cut(prompt)
-            messages = field(argument, "messages")
-            if messages is not None:
-                return self._cut(_rendered(messages, field(argument, "tools")))
+            for name in ("messages", "prompt", "input"):
+                value = field(argument, name)
+                if value is not None:
+                    return self._cut(_rendered(value, field(argument, "tools")) if name == "messages" else value)
         raise UserError("The call has neither messages nor a prompt, so it cannot be routed by its beginning.")
 
     def _cut(self, prompt: Any) -> Prompt:
         data, bytes_per_token = _encoded(prompt)
-        require(len(data) > 0, "The prompt is empty; give at least one token.")
+        if not data:
+            return Prompt(1, ())
         bytes_per_token = bytes_per_token or self.bytes_per_token
         step = max(round(self.block_tokens * bytes_per_token), 1)
         blocks, digest = [], b""
@@ -76,6 +79,8 @@ def field(value: Any, name: str) -> Any:
 
 def _encoded(prompt: Any) -> tuple[bytes, int | None]:
     """The prompt's bytes, and how many there are per token if that is known. Several prompts become one."""
+    if isinstance(prompt, bytes):
+        return prompt, None
     if isinstance(prompt, str):
         return prompt.encode("utf-8", "surrogatepass"), None
     require(isinstance(prompt, Sequence), f"A prompt must be text or token numbers, not {type(prompt).__name__}.")
@@ -86,14 +91,21 @@ def _encoded(prompt: Any) -> tuple[bytes, int | None]:
     return b"".join(data for data, _ in parts), parts[0][1]
 
 
-def _rendered(messages: Sequence[Any], tools: Any) -> str:
+def _rendered(messages: Any, tools: Any) -> str:
     """Messages as one text, in the order in which chat templates write them: tools stand before everything."""
-    require(isinstance(messages, Sequence) and len(messages) > 0, "The call has no messages; give at least one.")
+    require(isinstance(messages, Sequence), f"messages must be a list, not {type(messages).__name__}.")
     text = [] if tools is None else [_text(tools)]
-    text += [f"\n{field(message, 'role')}\n{_text(field(message, 'content'))}" for message in messages]
+    for message in messages:
+        parts = {name: field(message, name) for name in MESSAGE_PARTS}
+        text += [f"\n{_text(part)}" for part in parts.values() if part is not None]
     return "".join(text)
 
 
 def _text(content: Any) -> str:
-    """Text as it is; parts of other kinds, such as pictures, as JSON, so that equal ones stay equal."""
-    return content if isinstance(content, str) else json.dumps(content, default=str, sort_keys=True)
+    """Text as it is; other parts, such as pictures or calls of tools, as JSON, so that equal ones stay equal."""
+    if isinstance(content, str):
+        return content
+    try:
+        return json.dumps(content, default=str, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError("A message or tool is no JSON value, so it cannot be compared with others.") from error

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ray.exceptions import ActorUnavailableError
 from ray.serve.request_router import (
     PendingRequest,
     ReplicaResult,  # pyright: ignore[reportPrivateImportUsage]
@@ -38,6 +40,8 @@ class ObservedReplica(RunningReplica):
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> ReplicaResult:
         """Called by Ray to send a request."""
         ticket = self._router.ticket_of(pr)
+        if ticket is None:
+            return super().try_send_request(pr, with_rejection)
         try:
             result = super().try_send_request(pr, with_rejection)
         except BaseException:
@@ -61,13 +65,16 @@ class ObservedResult(ReplicaResult):
         self._loop = asyncio.get_running_loop()
         self._heard_at = 0.0
         self._is_lost = False
-        self._alarm: asyncio.Future[None] | None = None  # of whoever reads now
+        self._alarms: set[asyncio.Future[None]] = set()  # of whoever reads now
         ticket.give_up = self._give_up
         result.add_done_callback(lambda last: self._loop.call_soon_threadsafe(self._end, last))
 
     async def get_rejection_response(self) -> Any:
-        """Whether the replica takes the request: its first word."""
-        answer = await self._unless_lost(self._result.get_rejection_response())
+        """Whether the replica takes the request: its first word. Before it, Ray sends the request again by itself."""
+        try:
+            answer = await self._unless_lost(self._result.get_rejection_response())
+        except ReplicaLostError as error:
+            raise ActorUnavailableError(str(error), None) from error
         self._accepted = answer is None or answer.accepted
         if not self._accepted:
             self._dispatcher.done(self._ticket)
@@ -114,25 +121,26 @@ class ObservedResult(ReplicaResult):
     async def _unless_lost(self, item: Awaitable[Item]) -> Item:
         """The item, or a ReplicaLostError if the replica is given up before it comes."""
         task = asyncio.ensure_future(item)
-        self._alarm = asyncio.get_running_loop().create_future()
-        if self._is_lost:  # asked after the alarm is set, so that one of both threads sees the other's
-            self._alarm.set_result(None)
+        alarm = asyncio.get_running_loop().create_future()
+        self._alarms.add(alarm)
         try:
-            await asyncio.wait((task, self._alarm), return_when=asyncio.FIRST_COMPLETED)
+            if not self._is_lost:  # asked after the alarm is set, so that one of both threads sees the other's
+                await asyncio.wait((task, alarm), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not task.done():
-                task.cancel()
-        if self._is_lost and (task.cancelled() or not task.done()):
-            raise ReplicaLostError("The replica is gone, or gave no sign of life.")
+            self._alarms.discard(alarm)
+            task.cancel()
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # whatever it is, it is seen
+        if self._is_lost:  # whatever came then: an end may be that of the cancelled call
+            raise ReplicaLostError("The replica gave no sign of life and was given up.")
         return task.result()
 
     def _give_up(self) -> None:
         """On the router's loop."""
         self._is_lost = True
         self._result.cancel()
-        alarm = self._alarm
-        if alarm is not None:
-            alarm.get_loop().call_soon_threadsafe(lambda: alarm.done() or alarm.set_result(None))
+        for alarm in list(self._alarms):
+            with suppress(RuntimeError):  # its loop is closed: nobody reads
+                alarm.get_loop().call_soon_threadsafe(_ring, alarm)
 
     def _hear(self) -> None:
         now = time.monotonic()
@@ -146,6 +154,13 @@ class ObservedResult(ReplicaResult):
 
     def _end(self, last: Any) -> None:
         """On the router's loop."""
-        if self._accepted and not isinstance(last, Exception):
-            self._dispatcher.first_token(self._ticket)  # for an answer in one piece
+        if self._accepted and not isinstance(last, Exception) and not hasattr(last, "cancelled"):
+            self._dispatcher.first_token(
+                self._ticket
+            )  # of an answer in one piece; a gRPC call does not say how it ended
         self._dispatcher.done(self._ticket)
+
+
+def _ring(alarm: asyncio.Future[None]) -> None:
+    if not alarm.done():
+        alarm.set_result(None)

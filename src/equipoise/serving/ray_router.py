@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import weakref
-from functools import partial
+from collections.abc import Coroutine
 from typing import Any
 
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from equipoise.errors import UserError, require
@@ -18,6 +20,7 @@ from equipoise.serving.ray_errors import NoReplicasError
 from equipoise.serving.ray_replica import ObservedReplica
 
 TICK = 0.1  # seconds between two looks at what waits, as in the replay
+ASK_SECONDS = 3.0  # in which a silent replica must say how many requests it has
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,41 +29,61 @@ class PolicyRouter(RequestRouter):
     """Routes a deployment's requests by a policy of `equipoise.serving`.
 
     Set it with ``request_router_config=router_config(policy=...)`` on the deployment that answers. An argument of its
-    calls must hold OpenAI's ``messages`` or ``prompt``. There is one router in each process that holds a handle; what
-    other routers send, it learns from ``pending_tokens`` in what the deployment's ``record_routing_stats`` returns.
-    That a prompt is computed it learns from the first item of a streamed answer, or else from the whole answer.
+    calls must hold OpenAI's ``messages``, ``prompt`` or ``input``. There is one router in each process that holds a
+    handle; what other routers send, it learns from ``pending_tokens`` in what the deployment's
+    ``record_routing_stats`` returns. That a prompt is computed it learns from the first item of a streamed answer, or
+    else from the whole answer.
     """
-
-    max_num_routing_tasks_cap = 100_000  # each request has a task that waits here; Ray's 50 would keep most from us
 
     def initialize_state(self, **options: Any) -> None:
         """Called by Ray with ``request_router_kwargs``: see `RouterOptions`. Fails: UserError for one it has not."""
+        known = hasattr(RequestRouter, "_choose_replica_for_request")
+        require(known, "This Ray asks routers in another way than Ray 2.60; install that, or a newer Equipoise.")
         self._options = RouterOptions.of(options)
         self._reader = self._options.reader()
         self.dispatcher = Dispatcher(self._options.build, time.monotonic)
-        self._tickets: dict[int, Ticket] = {}  # by identity of the pending request, while Ray holds it
-        self._given_up: dict[str, Any] = {}  # silent replicas, with the last that they said of themselves
-        self._ticking: asyncio.Task[None] | None = None
+        self._tickets: dict[int, Ticket] = {}  # by identity of the pending request, until it is sent
+        self._given_up: set[str] = set()  # replicas that were silent, until they say something
+        self._asked: set[str] = set()  # replicas that are silent, and were asked
+        self._warned: set[str] = set()  # replicas that report something else than a number
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def max_num_routing_tasks(self) -> int:
-        """Tasks that wait for a replica: as many as there are requests."""
-        return self.max_num_routing_tasks_cap
+    def num_pending_requests(self) -> int:
+        """Requests that wait here."""
+        return self.dispatcher.waiting()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Wait until the policy sends the request, and name its replica. A failure goes to whoever sent the request."""
-        if pending_request is None or pending_request.future.done():
+        """Wait until the policy sends the request, and name its replica.
+
+        The request must be sent before anything else happens on this loop.
+        Fails: UserError for a call without a prompt; NoReplicasError where no replica is there for too long.
+        """
+        if pending_request is None:
             return [candidate_replicas]
-        pending_request.routing_context.should_backoff = True  # where the replica is full, Ray asks again, but not soon
-        try:
-            name = await self._place(pending_request)
-        except UserError as error:
-            if self.dispatcher.replicas:  # else all are down: Ray asks again when there is one, or `_tick` ends it
-                pending_request.future.set_exception(error)
-            return [candidate_replicas]
-        return [[replica for replica in self._replicas.values() if _name(replica) == name]]
+        prompt = self._reader.read([*pending_request.args, *pending_request.kwargs.values()])
+        while True:
+            await self._wait_for_a_replica()
+            try:
+                ticket = await self.dispatcher.place(prompt)
+            except UserError:
+                continue  # all are down since
+            self._tickets[id(pending_request)] = ticket
+            self._event_loop.call_soon(self._forget, id(pending_request), ticket)
+            return [[replica for replica in self._replicas.values() if _name(replica) == ticket.replica]]
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """Called by Ray for every request. Its own way to `choose_replicas` leads through few tasks, out of order."""
+        if is_retry:  # the replica was full of other routers' requests, or died: not at once, the later the longer
+            age = time.time() - pending_request.created_at
+            await asyncio.sleep(min(max(age / 8, self.initial_backoff_s), self.max_backoff_s))
+        [[replica]] = await self.choose_replicas(self._replicas_list, pending_request)
+        self._record_queue_wait_time(pending_request)
+        return replica
 
     def create_replica_wrapper(self, replica_info: Any) -> RunningReplica:
         """A replica whose answers are watched."""
@@ -69,63 +92,91 @@ class PolicyRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray with all running replicas, whenever one comes, goes, or says something of itself."""
         super().update_replicas(replicas)
-        if self._ticking is None:
-            self._ticking = self._event_loop.create_task(_tick_forever(weakref.ref(self)))
+        if not self._tasks:
+            self._start(_tick_forever(weakref.ref(self)))
+        self._use_replicas()
         for replica in replicas:
-            if self._given_up.get(_name(replica), replica.routing_stats) != replica.routing_stats:
-                del self._given_up[_name(replica)]  # it says something new, so it lives
-        names = [_name(replica) for replica in replicas if _name(replica) not in self._given_up]
-        most = min((replica.max_ongoing_requests for replica in replicas), default=float("inf"))
-        self.dispatcher.set_replicas(names, most)
-        for replica in replicas:
-            self.dispatcher.reported(_name(replica), replica.routing_stats)
+            self._note_stats(_name(replica), replica.routing_stats)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Called by Ray when a replica's process is found dead."""
         super().on_replica_actor_died(replica_id)
-        self.dispatcher.remove(replica_id.unique_id)
+        self._use_replicas()
 
-    def ticket_of(self, pending_request: PendingRequest) -> Ticket:
-        """The ticket of a request that is being sent, which from here on belongs to its answer."""
-        return self._tickets.pop(id(pending_request))
+    def ticket_of(self, pending_request: PendingRequest) -> Ticket | None:
+        """The ticket of a request that is being sent, which from here on belongs to its answer.
 
-    async def _place(self, pending: PendingRequest) -> str:
-        """Where the request goes: as decided before, while that replica is there."""
-        ticket = self._tickets.get(id(pending))
-        if ticket is not None:
-            if ticket.replica in self.dispatcher.replicas:
-                return ticket.replica
-            self._forget(id(pending), ticket)
-        ticket = await self.dispatcher.place(self._reader.read([*pending.args, *pending.kwargs.values()]))
-        self._tickets[id(pending)] = ticket
-        forget = partial(self._forget, id(pending), ticket)
-        pending.future.add_done_callback(lambda future: forget() if future.cancelled() else None)
-        weakref.finalize(pending, forget)  # where it was never sent, whatever the reason
-        assert ticket.replica is not None
-        return ticket.replica
+        None for what Ray sends without having asked for a replica, such as a broadcast.
+        """
+        return self._tickets.pop(id(pending_request), None)
 
     def _forget(self, key: int, ticket: Ticket) -> None:
+        """A request that was not sent at once is sent by other ways, such as a reserved slot, and not watched."""
         if self._tickets.get(key) is ticket:
             del self._tickets[key]
             self.dispatcher.done(ticket)
 
-    def _tick(self) -> None:
-        """Let requests move, give up silent replicas, and end what waits while all are down."""
-        for name in self.dispatcher.tick():
-            logger.warning(f"Replica {name} owes answers and is silent; what it was sent is given up.")
-            said = next((replica.routing_stats for replica in self._replicas.values() if _name(replica) == name), None)
-            self._given_up[name] = said
-            self.dispatcher.remove(name)
-        if not self.dispatcher.replicas:
-            self._refuse(time.time() - self._options.down_wait)
+    async def _wait_for_a_replica(self) -> None:
+        until = time.monotonic() + self._options.down_wait
+        while not self.dispatcher.replicas:
+            if time.monotonic() >= until:
+                raise NoReplicasError(self._deployment_id)
+            await asyncio.sleep(TICK)
 
-    def _refuse(self, before: float) -> None:
-        """End requests that came before this time: no replica is there."""
-        for pending in list(self._pending_requests_to_fulfill):
-            if not pending.future.done() and pending.created_at <= before:
-                pending.future.set_exception(NoReplicasError(self._deployment_id))
-                self._cancel_routing_task_for_pending_request(pending)
-                self._remove_pending_request_from_indices(pending)
+    def _use_replicas(self) -> None:
+        """Those that Ray lists, without those that were given up. What the others still answer goes on."""
+        listed = {_name(replica) for replica in self._replicas.values()}
+        self._given_up &= listed
+        most = min((replica.max_ongoing_requests for replica in self._replicas.values()), default=float("inf"))
+        self.dispatcher.set_replicas(sorted(listed - self._given_up), most)
+
+    def _note_stats(self, name: str, stats: dict[str, Any]) -> None:
+        tokens = stats.get("pending_tokens", 0)
+        if isinstance(tokens, int | float) and math.isfinite(tokens):
+            self.dispatcher.reported(name, round(tokens))
+        elif name not in self._warned:
+            self._warned.add(name)
+            logger.warning(f"Replica {name} reports pending_tokens={tokens!r}; it must be a number to be heeded.")
+
+    def _tick(self) -> None:
+        """Let requests move, and ask silent replicas whether they live."""
+        silent = set(self.dispatcher.tick()) - self._asked
+        for replica in self._replicas.values():
+            if _name(replica) in silent:
+                self._asked.add(_name(replica))
+                self._start(self._ask(replica))
+
+    async def _ask(self, replica: RunningReplica) -> None:
+        """Give a silent replica up if it does not say how many requests it has; use it again when it does."""
+        name = _name(replica)
+        answer = asyncio.ensure_future(self._lives(replica))
+        await asyncio.wait((answer,), timeout=ASK_SECONDS)
+        if not answer.done():
+            logger.warning(f"Replica {name} owes answers and is silent; what it was sent is given up.")
+            self._given_up.add(name)
+            self.dispatcher.give_up(name)
+        if await answer:
+            self.dispatcher.alive(name)
+            self._given_up.discard(name)
+            self._use_replicas()
+        self._asked.discard(name)
+
+    async def _lives(self, replica: RunningReplica) -> bool:
+        """Wait until the replica answers; False once it is dead or gone."""
+        while replica in self._replicas.values():
+            try:
+                await replica.get_queue_len(deadline_s=ASK_SECONDS)
+                return True
+            except ActorDiedError:
+                return False
+            except RayError:
+                await asyncio.sleep(1.0)  # the network, perhaps
+        return False
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._event_loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 class DualMapRouter(PolicyRouter):

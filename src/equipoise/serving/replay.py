@@ -32,6 +32,7 @@ class ReplaySettings:
         slo: wanted time to first token, s.
         speed: 2 sends the requests twice as fast as they came.
         warmup: first requests that fill the caches and are not measured.
+        routers: that share the requests and do not talk to each other.
         faults: what happens to replicas.
         costs: of a replica.
         dual_map: options of the policy ``dual_map``; its ``slo`` and ``prefill_seconds`` are taken from here.
@@ -40,6 +41,7 @@ class ReplaySettings:
     slo: float = 5.0
     speed: float = 1.0
     warmup: int = 0
+    routers: int = 1
     faults: tuple[Fault, ...] = ()
     costs: Costs = field(default_factory=Costs)
     dual_map: DualMapSettings = field(default_factory=DualMapSettings)
@@ -49,6 +51,7 @@ class ReplaySettings:
         require(0 < self.slo < float("inf"), f"slo must be seconds above 0, not {self.slo}.")
         require(0 < self.speed < float("inf"), f"speed must be above 0, not {self.speed}.")
         require(self.warmup >= 0, f"warmup must be at least 0, not {self.warmup}.")
+        require(self.routers > 0, f"routers must be at least 1, not {self.routers}.")
 
 
 def replay(
@@ -85,10 +88,11 @@ def replay(
     found = {}
     names = [replica_name(number) for number in range(replicas)]
     for policy in policies:
-        router = build(policy, names, settings.costs, replace(settings.dual_map, slo=settings.slo))
+        options = replace(settings.dual_map, slo=settings.slo)
+        routers = [build(policy, names, settings.costs, options) for _ in range(settings.routers)]
         progress = None if on_progress is None else lambda done, policy=policy: on_progress(policy, done)
-        outcome = Simulator(router, sent, settings.costs, settings.faults, progress).run()
-        found[policy] = measured(sent, outcome, settings, bound) | _router_facts(router, outcome, len(sent))
+        outcome = Simulator(routers, sent, settings.costs, settings.faults, progress).run()
+        found[policy] = measured(sent, outcome, settings, bound) | _router_facts(routers, outcome, len(sent))
     return {"settings": _facts(sent, replicas, settings), "policies": found}
 
 
@@ -153,9 +157,9 @@ def _over_time(counted: Sequence[Request], within: Bool[np.ndarray, " N"]) -> li
     return [_rounded(part / whole) if whole else None for part, whole in zip(good, count)]
 
 
-def _router_facts(router: Router, outcome: Outcome, count: int) -> Results:
+def _router_facts(routers: Sequence[Router], outcome: Outcome, count: int) -> Results:
     return {
-        "moved": router.moved if isinstance(router, DualMap) else 0,
+        "moved": sum(router.moved for router in routers if isinstance(router, DualMap)),
         "retried": outcome.retried,
         "router_ms": _rounded(1000 * outcome.router_seconds / count),
         "entries": outcome.most_entries,

@@ -46,6 +46,12 @@ class SimulatedReplica:
         self._waiting.append(request)
         self._start()
 
+    def pending_tokens(self, now: float) -> int:
+        """Prompt tokens that it was sent and has to compute, as a server would report them."""
+        self._advance(now)
+        waiting = sum(request.input_tokens - self._hit(request) for request in self._waiting)
+        return waiting + round(self._work / self._costs.prefill_seconds) if self._prompt else waiting
+
     def next_time(self) -> float:
         """When something happens next, s; infinity if nothing runs."""
         step = self._step_seconds()
@@ -91,9 +97,12 @@ class SimulatedReplica:
         self._waiting.popleft()
         self._resident += size
         costs = self._costs
-        hit = min(self._cache.match(request.blocks) * costs.block_tokens, request.input_tokens - 1)
+        hit = self._hit(request)
         self._prompt = request, hit
         self._work = (request.input_tokens - hit) * costs.prefill_seconds + hit * costs.hit_seconds
+
+    def _hit(self, request: Request) -> int:
+        return min(self._cache.match(request.blocks) * self._costs.block_tokens, request.input_tokens - 1)
 
     def _end_prefill(self) -> Answer:
         assert self._prompt

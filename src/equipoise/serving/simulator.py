@@ -1,4 +1,4 @@
-"""A discrete-event simulation of one router and its replicas."""
+"""A discrete-event simulation of routers and their replicas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from equipoise.serving.simulated_replica import SimulatedReplica
 
 TICK = 0.1  # seconds between two ticks of the router while requests wait (INFERRED)
 SAMPLE = 1.0  # seconds between two samples of the load, and two searches for silent replicas
-REPORT = 2000  # requests between two reports of progress
+STATS = 0.5  # seconds between two reports of the replicas' load to several routers, as in Ray Serve by default here
+PROGRESS = 2000  # requests between two reports of progress
 
 
 @dataclass(slots=True)
@@ -30,8 +31,8 @@ class Outcome:
         served_by: per request, the replica that finished it.
         load_cv: standard deviation of the replicas' load over its mean, at every sample at which there was any.
         retried: requests that were submitted again because a replica was lost.
-        most_entries: largest number of entries in the router's memory of prefixes.
-        router_seconds: processor time spent in the router.
+        most_entries: largest number of entries in the routers' memory of prefixes.
+        router_seconds: processor time spent in the routers.
     """
 
     ttft: list[float]
@@ -44,28 +45,29 @@ class Outcome:
 
 
 class Simulator:
-    """Feeds requests to a router, lets simulated replicas answer, and notes what happens.
+    """Feeds requests to routers, lets simulated replicas answer, and notes what happens.
 
-    The network takes no time. All is deterministic: events at the same time happen in the order in which they were
-    planned, faults first, arrivals last.
+    Of several routers each gets the next request. They do not talk, but learn every half second what the replicas have
+    to compute. The network takes no time. All is deterministic: events at the same time happen in the order in which
+    they were planned, faults first, arrivals last.
 
     Args:
-        router: knows the replicas ``names``.
+        routers: at least one; all of the same replicas.
         requests: by arrival; ids are 0 to len(requests) - 1.
         on_progress: called with the number of finished requests now and then.
     """
 
     def __init__(
         self,
-        router: Router,
+        routers: Sequence[Router],
         requests: Sequence[Request],
         costs: Costs,
         faults: Sequence[Fault] = (),
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        self._router, self._requests, self._costs = router, requests, costs
+        self._routers, self._requests, self._costs = routers, requests, costs
         self._on_progress = on_progress
-        self._replicas = {replica.name: SimulatedReplica(costs, 0.0) for replica in router.fleet}
+        self._replicas = {replica.name: SimulatedReplica(costs, 0.0) for replica in routers[0].fleet}
         self._hung: set[str] = set()
         self._versions = dict.fromkeys(self._replicas, 0)  # what was planned for an older version no longer happens
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
@@ -79,13 +81,15 @@ class Simulator:
 
     def run(self) -> Outcome:
         """Simulate until every request is finished. Fails: UserError where all replicas are down."""
+        if len(self._routers) > 1:
+            self._plan(STATS, self._report)
         self._plan(0.0, self._sample)  # plans itself again while requests are unfinished, so there is always an event
         for request in self._requests:
             self._run_until(request.arrival)
             self._submit(request, request.arrival)
         while self._finished < len(self._requests):
             self._run_until(self._events[0][0])
-        self._outcome.most_entries = max(self._outcome.most_entries, self._router.entries())
+        self._note_entries()
         return self._outcome
 
     def _run_until(self, now: float) -> None:
@@ -101,14 +105,18 @@ class Simulator:
 
     def _submit(self, request: Request, now: float) -> None:
         start = time.process_time()
-        self._router.submit(request, now)
+        router = self._router_of(request)
+        router.submit(request, now)
         self._outcome.router_seconds += time.process_time() - start
-        self._release(now)
+        self._release(router, now)
 
-    def _release(self, now: float) -> None:
+    def _router_of(self, request: Request) -> Router:
+        return self._routers[request.id % len(self._routers)]
+
+    def _release(self, router: Router, now: float) -> None:
         start = time.process_time()
-        dispatches = self._router.release(now)
-        waits = self._router.waiting()
+        dispatches = router.release(now)
+        waits = router.waiting()
         self._outcome.router_seconds += time.process_time() - start
         for name, request in dispatches:
             if name not in self._hung:
@@ -129,10 +137,11 @@ class Simulator:
             return  # the replica's next event has changed since
         kind, request, hit_tokens = self._replicas[name].happen(now)
         start = time.process_time()
+        router = self._router_of(request)
         if kind == "prefilled":
-            self._router.on_prefilled(name, request.id, now)
+            router.on_prefilled(name, request.id, now)
         else:
-            self._router.on_finished(name, request.id, now)
+            router.on_finished(name, request.id, now)
         self._outcome.router_seconds += time.process_time() - start
         if kind == "prefilled":
             self._outcome.ttft[request.id] = now - request.arrival
@@ -140,51 +149,72 @@ class Simulator:
         else:
             self._finish(request, name)
         self._replan(name)
-        self._release(now)
+        self._release(router, now)
 
     def _finish(self, request: Request, name: str) -> None:
         assert not self._outcome.served_by[request.id], "a request finished twice"
         self._outcome.served_by[request.id] = name
         self._finished += 1
-        if self._on_progress and (self._finished % REPORT == 0 or self._finished == len(self._requests)):
+        if self._on_progress and (self._finished % PROGRESS == 0 or self._finished == len(self._requests)):
             self._on_progress(self._finished)
 
     def _tick(self, now: float) -> None:
         self._ticking = False
-        start = time.process_time()
-        self._router.tick(now)
-        self._outcome.router_seconds += time.process_time() - start
-        self._release(now)
+        for router in self._routers:
+            start = time.process_time()
+            router.tick(now)
+            self._outcome.router_seconds += time.process_time() - start
+            self._release(router, now)
+
+    def _report(self, now: float) -> None:
+        """All routers learn what the replicas have to compute."""
+        for name in self._live():
+            if name not in self._hung:
+                pending = self._replicas[name].pending_tokens(now)
+                for router in self._routers:
+                    router.fleet.reported(name, pending)
+        if self._finished < len(self._requests):
+            self._plan(now + STATS, self._report)
 
     def _sample(self, now: float) -> None:
         """Note the load; give up replicas that gave no sign of life for too long."""
-        loads = [self._router.load(name) for name in self._live()]
+        loads = [self._load(name) for name in self._live()]
         if any(loads):
             self._outcome.load_cv.append(statistics.pstdev(loads) / statistics.fmean(loads))
-        self._outcome.most_entries = max(self._outcome.most_entries, self._router.entries())
+        self._note_entries()
         for name in self._live():
             if name not in self._hung:
-                self._router.fleet.heard(name, now)  # as the tokens of its answers would show
-        for name in self._router.fleet.silent(now):
+                for router in self._routers:
+                    router.fleet.heard(name, now)  # as the tokens of its answers would show
+        for name in dict.fromkeys(name for router in self._routers for name in router.fleet.silent(now)):
             self._lose(now, name)
         if self._finished < len(self._requests):
             self._plan(now + SAMPLE, self._sample)
 
     def _live(self) -> list[str]:
-        return [replica.name for replica in self._router.fleet]
+        return [replica.name for replica in self._routers[0].fleet]
+
+    def _load(self, name: str) -> int:
+        """Prompt tokens that wait in any router or at the replica, each counted by the router that has it."""
+        return sum(router.load(name) - router.fleet[name].others_tokens for router in self._routers)
+
+    def _note_entries(self) -> None:
+        entries = sum(router.entries() for router in self._routers)
+        self._outcome.most_entries = max(self._outcome.most_entries, entries)
 
     def _add(self, now: float, name: str) -> None:
         self._replicas[name] = SimulatedReplica(self._costs, now)
         self._versions[name] = self._versions.get(name, 0) + 1
-        self._router.add_replica(name, now)
+        for router in self._routers:
+            router.add_replica(name, now)
 
     def _hang(self, now: float, name: str) -> None:
-        if name in self._router.fleet:  # it may have been given up already
+        if name in self._replicas:  # it may have been given up already
             self._hung.add(name)
             self._versions[name] += 1
 
     def _die(self, now: float, name: str) -> None:
-        if name in self._router.fleet:
+        if name in self._replicas:
             self._lose(now, name)
 
     def _lose(self, now: float, name: str) -> None:
@@ -192,7 +222,7 @@ class Simulator:
         self._hung.discard(name)
         self._versions[name] += 1
         del self._replicas[name]
-        lost = self._router.remove_replica(name, now)
+        lost = [request for router in self._routers for request in router.remove_replica(name, now)]
         if lost and not self._replicas:
             raise UserError(
                 f"All replicas are down at {now:g} s, and {len(self._requests) - self._finished} requests are not "

@@ -28,7 +28,8 @@ async def unbroken(
     asked for again, with the items that came already, so that the answer goes on where it broke off.
 
     Args:
-        ask: starts the answer on some replica, or goes on after these items; such as a call of a deployment's handle.
+        ask: starts the answer on some replica, such as a call of a deployment's handle, or goes on after these items;
+            gives nothing where they are the whole answer.
         attempts: replicas that may be lost over one answer, less one: a request that kills them must not kill all.
         down_seconds: how long an answer that has begun waits for a replica when all are down.
     Fails: what the last replica was lost by, after so many attempts; NoReplicasError where all are down, at once if
