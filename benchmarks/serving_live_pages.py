@@ -35,12 +35,14 @@ from [generated requests](../../src/equipoise/serving/workload.py) whose prompts
 {answers}th as long, 2,150 and 11 tokens on average. The SLO is {slo:g} s to the first token, the router's time per
 prompt token {prefill:g} s. A policy is measured on a server of its own, at every rate, after {warmup} requests of
 warm-up; each of {rounds} rounds has requests of its own, the same for all policies, and turns their order around. The
-constants were committed before the first result. Commit {commit}, {date}. `power_of_two` is Ray Serve's own router.
+constants were set before the first run and not changed after one; the rates were chosen after a look at where the knee
+lies. Commit {commit}, {date}. `power_of_two` is Ray Serve's own router.
 
-A figure is the mean of the rounds; in parentheses, how far the furthest round lies from it. Replicas, router, proxy
-and clients share two cores, so a busy replica slows the others down, which no cluster does: what helps to spread load
-is worth less here than on machines of their own. `load CV` is read off the clients' records: per second, the spread of
-the prompt tokens that each replica still had to compute, over their mean.
+A figure is the mean of the rounds; in parentheses, how far the furthest round lies from it: differences between
+policies that are not larger say little. Replicas, router, proxy and clients share two cores, so a busy replica slows
+the others down, which no cluster does: what helps to spread load is worth less here than on machines of their own.
+`load CV` is read off the clients' records: per second, the spread of the prompt tokens that each replica still had to
+compute, over their mean.
 """
 
 
@@ -123,7 +125,7 @@ def _faults(faults: dict[str, Any]) -> str:
             "",
             f"dual_map, {faults['rate']:g} requests per second. A replica that hangs is given up after "
             f"{faults['patience']:g} s here (60 by default), and 3 s in which it is asked; Ray Serve starts new ones "
-            "by itself.",
+            "by itself. The first seconds still carry a warm-up of 60 requests.",
             "",
             *lines,
             "",

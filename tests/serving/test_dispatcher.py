@@ -205,6 +205,27 @@ async def test_a_replica_that_owes_an_answer_and_says_nothing_is_named_and_one_t
 
 
 @with_loop
+async def test_what_has_waited_too_long_moves_to_the_other_replica_of_its_pair():
+    """All begin alike and so wait for the replica that has their beginning, until the longest wait of 3 s is over."""
+    place = Place("ab", slo=1e9)
+    first = place.place(1, 2, 3, 50)
+    await settled()
+    home = first.result().replica
+    place.dispatcher.first_token(first.result())
+    placed = [place.place(1, 2, 3, number) for number in range(4, 9)]
+    await settled()
+    assert [task.result().replica for task in placed if task.done()] == [home]
+    place.clock.now = 2.9
+    place.dispatcher.tick()
+    await settled()
+    assert sum(task.done() for task in placed) == 1
+    place.clock.now = 3.0
+    place.dispatcher.tick()
+    await settled()
+    assert sorted(task.result().replica for task in placed if task.done()) == ["a", "b"]
+
+
+@with_loop
 async def test_what_other_routers_sent_counts_as_load():
     """Equal caches: the lower time to first token wins once the SLO is passed, 9 blocks here."""
     place = Place("ab", slo=1.0, slo_fraction=1.0, prefill_seconds=1 / (9 * BLOCK))
