@@ -140,7 +140,7 @@ def test_an_answer_in_one_piece_has_both_at_its_end_unless_it_failed(watch, last
 def test_one_that_is_not_accepted_is_over_and_leaves_nothing_behind(watch):
     one = watch(SimpleNamespace(accepted=False), accepted=False)
     assert not asyncio.run(one.result.get_rejection_response()).accepted
-    one.call(lambda: None)
+    assert one.state() == (0, 0, 0)
     one.ends("rejected")
     assert one.state() == (0, 0, 0)
 

@@ -36,8 +36,10 @@ class Replica(RunningReplica):
         self.answers = asyncio.Event()
         self.answers.set()
         self.error: Exception | None = None
+        self.asked = 0
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
+        self.asked += 1
         await self.answers.wait()
         if self.error is not None:
             raise self.error
@@ -132,6 +134,7 @@ async def test_a_request_that_was_refused_waits_before_it_is_asked_for_again():
     request = pending()
     again = asked(made, request, is_retry=True)
     await settled()
+    assert not again.done()
     assert made.num_pending_requests == len(made.dispatcher) == 0
     assert _name(await again) == "a"
 
@@ -186,14 +189,18 @@ async def silent(made: PolicyRouter, name: str) -> Ticket:
 
 @with_loop
 async def test_a_silent_replica_that_does_not_say_how_many_requests_it_has_is_given_up_until_it_does(monkeypatch):
-    monkeypatch.setattr("equipoise.serving.ray_router.ASK_SECONDS", TICK)
+    monkeypatch.setattr("equipoise.serving.ray_router.ASK_SECONDS", 5 * TICK)
     a, b = Replica("a"), Replica("b")
     made = router(a, b, patience=60.0, in_flight=99, fresh_seconds=1e9, slo=1e9)
+    while not a.asked:  # by Ray, since it is new
+        await settled()
     ticket = await silent(made, "a")
     told = asyncio.Event()
     ticket.give_up = told.set
     a.answers.clear()
+    before = a.asked
     await told.wait()
+    assert a.asked == before + 1
     assert made.dispatcher.replicas == ["b"]
     made.update_replicas([a, b])
     assert made.dispatcher.replicas == ["b"]
@@ -226,8 +233,10 @@ async def test_one_that_turns_out_to_be_dead_is_not_let_in_again_and_the_network
     a.error = ActorDiedError()
     assert not await asking
     a.error = None
+    made._given_up.add("a")
     made.update_replicas([Replica("b")])
     assert not await made._lives(a)
+    assert made._given_up == set()
 
 
 @with_loop
